@@ -1,0 +1,3 @@
+//! Benchmarks a user can run.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Registries, images, guest driver halves and other things tests need.

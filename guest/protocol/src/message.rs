@@ -1,0 +1,197 @@
+//! The messages, as prost types: unknown fields are skipped, so either side may be newer.
+
+use prost::{Enumeration, Message, Oneof};
+
+/// What the host asks for; the first frame of a stream.
+#[derive(Clone, PartialEq, Message)]
+pub struct Request {
+    /// The one thing asked for. `None` is refused.
+    #[prost(oneof = "Call", tags = "1, 2, 3, 4")]
+    pub call: Option<Call>,
+}
+
+/// The calls the agent knows.
+#[derive(Clone, PartialEq, Oneof)]
+pub enum Call {
+    /// Makes the guest ready for commands: mounts, identity, name resolution. Once per boot, before any exec.
+    #[prost(message, tag = "1")]
+    Setup(Setup),
+    /// Starts a command; its streams follow on the same connection.
+    #[prost(message, tag = "2")]
+    Exec(Exec),
+    /// Kills every process, unmounts, syncs and powers off.
+    #[prost(message, tag = "3")]
+    PowerOff(PowerOff),
+    /// Asks for nothing but an answer: agent version and guest facts.
+    #[prost(message, tag = "4")]
+    Hello(Hello),
+}
+
+/// Asks who is there.
+#[derive(Clone, PartialEq, Message)]
+pub struct Hello {}
+
+/// Makes the guest ready for commands.
+#[derive(Clone, PartialEq, Message)]
+pub struct Setup {
+    /// The block device that holds the image's merged EROFS, such as `/dev/vda`.
+    #[prost(string, tag = "1")]
+    pub root_device: String,
+    /// The block device that holds the writable upper (ext4); empty for a tmpfs upper.
+    #[prost(string, tag = "2")]
+    pub scratch_device: String,
+    /// The root is mounted without any upper and stays read-only; /tmp, /run and volumes are tmpfs.
+    #[prost(bool, tag = "3")]
+    pub read_only: bool,
+    /// The host name commands see.
+    #[prost(string, tag = "4")]
+    pub hostname: String,
+    /// The image's VOLUME paths: each becomes a writable place of its own.
+    #[prost(string, repeated, tag = "5")]
+    pub volumes: Vec<String>,
+    /// Contents of /etc/resolv.conf; empty leaves the image's file.
+    #[prost(string, tag = "6")]
+    pub resolv_conf: String,
+    /// Wall clock at the host in nanoseconds since 1970-01-01 UTC.
+    #[prost(uint64, tag = "7")]
+    pub realtime_ns: u64,
+    /// Random bytes for the guest kernel's generator; at least 32.
+    #[prost(bytes = "vec", tag = "8")]
+    pub entropy: Vec<u8>,
+}
+
+/// Starts a command.
+#[derive(Clone, PartialEq, Message)]
+pub struct Exec {
+    /// The command and its arguments as bytes; at least one. The first is looked up in the command's PATH.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub argv: Vec<Vec<u8>>,
+    /// The whole environment as `KEY=VALUE` bytes. HOME and PATH are added when missing.
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub env: Vec<Vec<u8>>,
+    /// The working directory; made when missing, as image builders expect of WORKDIR. Empty means `/`.
+    #[prost(string, tag = "3")]
+    pub cwd: String,
+    /// `USER` as in an image config: `name`, `uid`, `name:group`, `uid:gid`; empty means root. Looked up in the
+    /// image's /etc/passwd and /etc/group, whose supplementary groups apply when no group is named.
+    #[prost(string, tag = "4")]
+    pub user: String,
+    /// Gives the command a terminal of this size; stdout and stderr are then one stream.
+    #[prost(message, optional, tag = "5")]
+    pub tty: Option<WindowSize>,
+    /// Kills the command's process group after this many milliseconds; 0 is never.
+    #[prost(uint64, tag = "6")]
+    pub timeout_ms: u64,
+    /// Leaves stdin open for [`Stdin`](crate::frame::Kind::Stdin) frames; otherwise it is /dev/null.
+    #[prost(bool, tag = "7")]
+    pub stdin: bool,
+}
+
+/// The size of a terminal in characters.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct WindowSize {
+    /// Rows.
+    #[prost(uint32, tag = "1")]
+    pub rows: u32,
+    /// Columns.
+    #[prost(uint32, tag = "2")]
+    pub columns: u32,
+}
+
+/// Asks the guest to stop.
+#[derive(Clone, PartialEq, Message)]
+pub struct PowerOff {
+    /// How long processes have between SIGTERM and SIGKILL, in milliseconds.
+    #[prost(uint64, tag = "1")]
+    pub grace_ms: u64,
+}
+
+/// The agent's answer to a request; an exec's is sent once the command runs or has been refused.
+#[derive(Clone, PartialEq, Message)]
+pub struct Reply {
+    /// What came of it.
+    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4")]
+    pub outcome: Option<Outcome>,
+}
+
+/// What came of a request.
+#[derive(Clone, PartialEq, Oneof)]
+pub enum Outcome {
+    /// It was refused or failed.
+    #[prost(message, tag = "1")]
+    Failed(Failed),
+    /// It is done (setup, power-off).
+    #[prost(message, tag = "2")]
+    Done(Done),
+    /// The command runs.
+    #[prost(message, tag = "3")]
+    Started(Started),
+    /// Who answers.
+    #[prost(message, tag = "4")]
+    Welcome(Welcome),
+}
+
+/// Nothing more to say.
+#[derive(Clone, PartialEq, Message)]
+pub struct Done {}
+
+/// The command runs.
+#[derive(Clone, PartialEq, Message)]
+pub struct Started {
+    /// Its process id as the guest's processes see it.
+    #[prost(uint32, tag = "1")]
+    pub pid: u32,
+}
+
+/// Who answers.
+#[derive(Clone, PartialEq, Message)]
+pub struct Welcome {
+    /// The agent's version.
+    #[prost(string, tag = "1")]
+    pub version: String,
+    /// The guest kernel's release.
+    #[prost(string, tag = "2")]
+    pub kernel: String,
+}
+
+/// Why a request was refused.
+#[derive(Clone, PartialEq, Message)]
+pub struct Failed {
+    /// The kind of failure, which decides the exit code.
+    #[prost(enumeration = "Reason", tag = "1")]
+    pub reason: i32,
+    /// What was tried and what went wrong, in one line.
+    #[prost(string, tag = "2")]
+    pub message: String,
+}
+
+/// The kinds of failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Enumeration)]
+#[repr(i32)]
+pub enum Reason {
+    /// Something inside the guest failed that should not.
+    Internal = 0,
+    /// The request itself is wrong: unknown user, empty argv, setup twice.
+    Invalid = 1,
+    /// The command does not exist (exit code 127).
+    NotFound = 2,
+    /// The command exists and cannot be executed (exit code 126).
+    NotExecutable = 3,
+}
+
+/// How a command ended; the last frame of an exec stream.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Exited {
+    /// The exit code when it exited by itself.
+    #[prost(uint32, tag = "1")]
+    pub code: u32,
+    /// The signal that ended it, or 0.
+    #[prost(uint32, tag = "2")]
+    pub signal: u32,
+    /// It was killed because its time was up.
+    #[prost(bool, tag = "3")]
+    pub timed_out: bool,
+    /// The most memory it had resident, in KiB.
+    #[prost(uint64, tag = "4")]
+    pub peak_rss_kib: u64,
+}

@@ -1,0 +1,1 @@
+//! Run OCI images as hardware-isolated microVMs.

@@ -1,0 +1,1 @@
+//! Images from registries, OCI layouts and archives into the store.

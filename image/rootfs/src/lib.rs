@@ -1,0 +1,1 @@
+//! From layer tar streams to EROFS images and merged root file systems.

@@ -1,0 +1,1 @@
+//! Guest physical memory: regions, checked access, the address map.

@@ -1,0 +1,1 @@
+//! Virtio devices over MMIO for drivers that cannot be trusted.

@@ -1,0 +1,1 @@
+//! The monitor of one virtual machine: boot, devices, exit loop.

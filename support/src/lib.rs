@@ -1,0 +1,1 @@
+//! Code that has never heard of virtual machines: digests, durable files, framing.
