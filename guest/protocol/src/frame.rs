@@ -23,6 +23,11 @@ pub enum Kind {
     StdoutCredit = 6,
     /// Host to agent: more stderr credit in bytes (u64).
     StderrCredit = 7,
+    /// Host to agent: nobody reads stdout any more; the command's next write to it fails as to a pipe whose reader
+    /// is gone (SIGPIPE, EPIPE). Data frames already under way are dropped. No payload.
+    StdoutClose = 8,
+    /// Host to agent: the same for stderr. No payload.
+    StderrClose = 9,
     /// Agent to host: a [`Reply`](crate::Reply).
     Reply = 16,
     /// Agent to host: bytes the command wrote to stdout (or its terminal).
@@ -47,6 +52,8 @@ impl TryFrom<u8> for Kind {
             5 => Self::Resize,
             6 => Self::StdoutCredit,
             7 => Self::StderrCredit,
+            8 => Self::StdoutClose,
+            9 => Self::StderrClose,
             16 => Self::Reply,
             17 => Self::Stdout,
             18 => Self::Stderr,
