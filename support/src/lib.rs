@@ -1,1 +1,5 @@
 //! Code that has never heard of virtual machines: digests, durable files, framing.
+#![forbid(unsafe_code)]
+
+pub mod digest;
+pub mod durable;
