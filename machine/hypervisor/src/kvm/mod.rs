@@ -1,0 +1,165 @@
+//! Linux KVM.
+
+mod convert;
+mod kick;
+mod vcpu;
+
+use std::io;
+
+use kiln_memory::GuestMemory;
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
+};
+use kvm_ioctls::VmFd;
+
+use crate::{CpuidEntry, Error, Hypervisor, IOAPIC_PINS, MAX_VCPUS, Msi, Vm, requirements};
+
+pub use kick::KvmKick;
+pub use vcpu::KvmVcpu;
+
+const DEVICE: &str = "/dev/kvm";
+/// The only version there is. Linux `Documentation/virt/kvm/api.rst` §4.1 "`KVM_GET_API_VERSION`".
+const API_VERSION: i32 = 12;
+/// Three pages below 4 GiB that KVM needs on Intel processors that cannot run real mode; no RAM is there.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// The host's KVM.
+#[derive(Debug)]
+pub struct Kvm {
+    kvm: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// The host's KVM, with everything Kiln needs of it.
+    ///
+    /// # Errors
+    /// [`Error::Open`] when /dev/kvm cannot be opened, [`Error::Missing`] when it lacks something.
+    pub fn open() -> Result<Self, Error> {
+        let kvm = Self::open_unchecked()?;
+        let missing = kvm.missing();
+        if !missing.is_empty() {
+            return Err(Error::Missing(missing));
+        }
+        Ok(kvm)
+    }
+
+    /// The host's KVM, whatever it lacks: to say what that is.
+    ///
+    /// # Errors
+    /// [`Error::Open`]
+    pub fn open_unchecked() -> Result<Self, Error> {
+        let kvm =
+            kvm_ioctls::Kvm::new().map_err(|errno| Error::Open { path: DEVICE, source: errno.into() })?;
+        kick::install_handler();
+        Ok(Self { kvm })
+    }
+
+    /// What [`crate::REQUIREMENTS`] names and this KVM does not have.
+    pub fn missing(&self) -> Vec<&'static crate::Requirement> {
+        requirements::missing(|number| self.kvm.check_extension_raw(number.into()) > 0)
+    }
+
+    /// The version of the interface, [`Kvm::expected_api_version`] on every Linux since 2.6.22.
+    pub fn api_version(&self) -> i32 {
+        self.kvm.get_api_version()
+    }
+
+    /// The version Kiln is written for.
+    pub fn expected_api_version() -> i32 {
+        API_VERSION
+    }
+
+    /// The most vCPUs this KVM gives one machine.
+    pub fn max_vcpus(&self) -> usize {
+        self.kvm.get_max_vcpus()
+    }
+}
+
+impl Hypervisor for Kvm {
+    type Vm = KvmVm;
+
+    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
+        let cpuid =
+            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(cpuid.as_slice().iter().map(CpuidEntry::from).collect())
+    }
+
+    fn create_vm(&self) -> Result<KvmVm, Error> {
+        let vm = loop {
+            match self.kvm.create_vm() {
+                // A signal can interrupt the creation; nothing was made then.
+                Err(errno) if errno.errno() == libc::EINTR => {}
+                other => break other.map_err(call("KVM_CREATE_VM"))?,
+            }
+        };
+        Ok(KvmVm { vm, memory: None, has_interrupts: false })
+    }
+}
+
+/// A machine of KVM.
+#[derive(Debug)]
+pub struct KvmVm {
+    // Closed before the memory below is let go: fields drop in this order.
+    vm: VmFd,
+    /// What the memory slots point into.
+    memory: Option<GuestMemory>,
+    has_interrupts: bool,
+}
+
+impl Vm for KvmVm {
+    type Vcpu = KvmVcpu;
+
+    fn map_memory(&mut self, memory: &GuestMemory) -> Result<(), Error> {
+        if self.memory.is_some() || self.has_interrupts {
+            return Err(Error::Order("memory is mapped once, and before interrupts are enabled"));
+        }
+        for (slot, region) in (0..).zip(memory.regions()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                guest_phys_addr: region.at.0,
+                memory_size: region.bytes,
+                userspace_addr: region.host_address,
+                flags: 0,
+            };
+            // From the first slot on the machine refers to the memory, whatever becomes of the others.
+            self.memory.get_or_insert_with(|| memory.clone());
+            // SAFETY: the range is a mapping of `memory`, of which this VM and each vCPU keep a clone: it is not
+            // unmapped before the last descriptor of the machine is closed.
+            unsafe { self.vm.set_user_memory_region(slot) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        // Free where the processor can run real mode by itself, needed where it cannot.
+        self.vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))
+    }
+
+    fn enable_interrupts(&mut self) -> Result<(), Error> {
+        if self.memory.is_none() || self.has_interrupts {
+            return Err(Error::Order("interrupts are enabled once, and after memory is mapped"));
+        }
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..kvm_enable_cap::default() };
+        cap.args[0] = IOAPIC_PINS.into();
+        self.vm.enable_cap(&cap).map_err(call("KVM_ENABLE_CAP KVM_CAP_SPLIT_IRQCHIP"))?;
+        self.has_interrupts = true;
+        Ok(())
+    }
+
+    fn create_vcpu(&self, index: u8) -> Result<KvmVcpu, Error> {
+        if !self.has_interrupts || index >= MAX_VCPUS {
+            return Err(Error::Order("a vCPU is made after interrupts are enabled, with an index below 16"));
+        }
+        let fd = self.vm.create_vcpu(index.into()).map_err(call("KVM_CREATE_VCPU"))?;
+        let memory = self.memory.clone().expect("interrupts are enabled after memory is mapped");
+        KvmVcpu::new(fd, memory)
+    }
+
+    fn signal_msi(&self, msi: Msi) -> Result<(), Error> {
+        let msi = kvm_msi { address_lo: msi.address, data: msi.data, ..kvm_msi::default() };
+        // The count is how many local APICs took it; none is the guest's business.
+        self.vm.signal_msi(msi).map_err(call("KVM_SIGNAL_MSI"))?;
+        Ok(())
+    }
+}
+
+/// Turns an errno into an error that names the call.
+fn call(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |errno| Error::Call { call, source: io::Error::from_raw_os_error(errno.errno()) }
+}

@@ -1,0 +1,109 @@
+//! One vCPU of KVM.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use kiln_memory::GuestMemory;
+use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::call;
+use super::kick::KvmKick;
+use crate::{CpuidEntry, Error, Exit, Msr, Registers, SystemRegisters, Vcpu};
+
+/// One vCPU of KVM.
+#[derive(Debug)]
+pub struct KvmVcpu {
+    // Closed before the memory below is let go: fields drop in this order.
+    fd: VcpuFd,
+    kick: KvmKick,
+    /// An open vCPU keeps the machine and its memory slots alive in the kernel, so it keeps what they point into.
+    _memory: GuestMemory,
+}
+
+impl KvmVcpu {
+    pub(super) fn new(fd: VcpuFd, memory: GuestMemory) -> Result<Self, Error> {
+        // SAFETY: the descriptor is open: `fd` owns it and outlives the borrow.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        let kick = KvmKick::new(borrowed)?;
+        Ok(Self { fd, kick, _memory: memory })
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    type Kick = KvmKick;
+
+    fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), Error> {
+        let entries: Vec<kvm_cpuid_entry2> = entries.iter().map(Into::into).collect();
+        let cpuid = CpuId::from_entries(&entries).map_err(|_| Error::Call {
+            call: "KVM_SET_CPUID2",
+            source: io::Error::from(io::ErrorKind::InvalidInput),
+        })?;
+        self.fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))
+    }
+
+    fn registers(&self) -> Result<Registers, Error> {
+        let regs = self.fd.get_regs().map_err(call("KVM_GET_REGS"))?;
+        Ok((&regs).into())
+    }
+
+    fn set_registers(&mut self, registers: &Registers) -> Result<(), Error> {
+        self.fd.set_regs(&kvm_regs::from(registers)).map_err(call("KVM_SET_REGS"))
+    }
+
+    fn system_registers(&self) -> Result<SystemRegisters, Error> {
+        let sregs = self.fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+        Ok((&sregs).into())
+    }
+
+    fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<(), Error> {
+        self.fd.set_sregs(&kvm_sregs::from(registers)).map_err(call("KVM_SET_SREGS"))
+    }
+
+    fn set_msrs(&mut self, msrs: &[Msr]) -> Result<(), Error> {
+        let entries: Vec<kvm_msr_entry> = msrs
+            .iter()
+            .map(|msr| kvm_msr_entry { index: msr.index, data: msr.value, ..kvm_msr_entry::default() })
+            .collect();
+        let list = Msrs::from_entries(&entries).map_err(|_| Error::Call {
+            call: "KVM_SET_MSRS",
+            source: io::Error::from(io::ErrorKind::InvalidInput),
+        })?;
+        let set = self.fd.set_msrs(&list).map_err(call("KVM_SET_MSRS"))?;
+        // KVM stops at the first one it refuses and says how many it took.
+        msrs.get(set).map_or(Ok(()), |refused| Err(Error::Msr(refused.index)))
+    }
+
+    fn tsc_khz(&self) -> Result<u32, Error> {
+        self.fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))
+    }
+
+    fn kick(&self) -> KvmKick {
+        self.kick.clone()
+    }
+
+    fn run(&mut self) -> Result<Exit<'_>, Error> {
+        self.kick.enter();
+        match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => Ok(Exit::PortWrite { port, data }),
+            Ok(VcpuExit::IoIn(port, data)) => Ok(Exit::PortRead { port, data }),
+            Ok(VcpuExit::MmioWrite(gpa, data)) => Ok(Exit::MmioWrite { gpa, data }),
+            Ok(VcpuExit::MmioRead(gpa, data)) => Ok(Exit::MmioRead { gpa, data }),
+            Ok(VcpuExit::Intr) => Ok(Exit::Kicked),
+            Ok(VcpuExit::Shutdown) => Ok(Exit::Shutdown),
+            Ok(VcpuExit::FailEntry(reason, _)) => Ok(Exit::FailedEntry { reason }),
+            Ok(VcpuExit::InternalError) => Ok(Exit::InternalError(self.kick.internal_error())),
+            Ok(_) => Ok(Exit::Unknown(self.kick.exit_reason())),
+            Err(errno) if errno.errno() == libc::EINTR => {
+                self.kick.answered();
+                Ok(Exit::Kicked)
+            }
+            // A vCPU that waits to be started returns this when a signal or the start itself wakes it.
+            Err(errno) if errno.errno() == libc::EAGAIN => {
+                self.kick.answered();
+                Ok(Exit::Kicked)
+            }
+            Err(errno) => Err(call("KVM_RUN")(errno)),
+        }
+    }
+}
