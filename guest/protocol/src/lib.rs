@@ -12,6 +12,7 @@
 
 pub mod frame;
 mod message;
+pub mod power;
 
 pub use message::*;
 
