@@ -1,0 +1,152 @@
+//! Collecting what nobody needs: mark from the tags and the live sessions, sweep the rest.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use kiln_support::durable;
+
+use crate::error::Context;
+use crate::lock::Lock;
+use crate::record::{ImageRecord, LayerRecord};
+use crate::session::{LIFE, pin_name};
+use crate::store::{DIGESTS_SUFFIX, Folder};
+use crate::{Store, StoreError, record};
+
+/// What a collection removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Images nothing referred to.
+    pub images: u64,
+    /// Objects nothing referred to.
+    pub objects: u64,
+    /// Blobs nothing referred to.
+    pub blobs: u64,
+    /// The disk space all of it took, in bytes.
+    pub bytes: u64,
+}
+
+/// Removes the folders of sessions whose process is dead. Skipped while others publish; it will be tried again.
+pub(crate) fn sweep_dead_sessions(store: &Store) -> Result<(), StoreError> {
+    if list(&store.folder(Folder::Sessions))?.is_empty() {
+        return Ok(());
+    }
+    match Lock::try_exclusive(&store.lock_path()).context("lock", &store.lock_path())? {
+        Some(_lock) => live_sessions(store).map(drop),
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn collect(store: &Store) -> Result<Collected, StoreError> {
+    let _lock = Lock::exclusive(&store.lock_path()).context("lock", &store.lock_path())?;
+    let needed = mark(store)?;
+    sweep(store, &needed)
+}
+
+/// The pins of the sessions that live; the folders of the others are removed. Needs the lock exclusively.
+fn live_sessions(store: &Store) -> Result<Vec<PathBuf>, StoreError> {
+    let mut live = Vec::new();
+    for name in list(&store.folder(Folder::Sessions))? {
+        let folder = store.path(Folder::Sessions, &name);
+        match Lock::try_exclusive(&folder.join(LIFE)) {
+            Ok(None) => live.push(folder),
+            Ok(Some(_dead)) => {
+                fs::remove_dir_all(&folder).or_else(ignore_missing).context("remove", &folder)?;
+            }
+            // The session ended between the listing and now.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).context("lock", &folder),
+        }
+    }
+    Ok(live)
+}
+
+/// The pin names of all that is needed.
+fn mark(store: &Store) -> Result<HashSet<String>, StoreError> {
+    let mut needed = HashSet::new();
+    for session in live_sessions(store)? {
+        needed.extend(
+            list(&session).or_else(|error| if session.exists() { Err(error) } else { Ok(Vec::new()) })?,
+        );
+    }
+    for tag in store.tags()? {
+        needed.insert(pin_name(Folder::Blobs, &tag.target.hex()));
+        // A tag without its image is damage, but nothing is lost by going on.
+        let what = format!("image {} ({})", tag.manifest, tag.name);
+        let path = store.path(Folder::Images, &tag.manifest.hex());
+        let Some(image) = record::read::<ImageRecord>(&path, &what)? else { continue };
+        needed.insert(pin_name(Folder::Images, &image.manifest.hex()));
+        for blob in [&image.manifest, &image.config] {
+            needed.insert(pin_name(Folder::Blobs, &blob.hex()));
+        }
+        for object in image.layers.iter().map(|layer| layer.object).chain([image.merged]) {
+            needed.insert(pin_name(Folder::Objects, &object.0.hex()));
+        }
+    }
+    Ok(needed)
+}
+
+fn sweep(store: &Store, needed: &HashSet<String>) -> Result<Collected, StoreError> {
+    let mut collected = Collected::default();
+    for name in list(&store.folder(Folder::Images))? {
+        if !needed.contains(&pin_name(Folder::Images, &name)) {
+            collected.bytes += remove(&store.path(Folder::Images, &name))?;
+            collected.images += 1;
+        }
+    }
+    for name in list(&store.folder(Folder::Layers))? {
+        let path = store.path(Folder::Layers, &name);
+        // A damaged record of a layer is of no use to anybody: the layer can be made again.
+        let layer: Option<LayerRecord> = record::read(&path, "a layer").unwrap_or(None);
+        if !layer.is_some_and(|layer| needed.contains(&pin_name(Folder::Objects, &layer.object.0.hex()))) {
+            collected.bytes += remove(&path)?;
+        }
+    }
+    // Content before digests: an object is there when its content is, so it never lacks its digests.
+    let objects = list(&store.folder(Folder::Objects))?;
+    let (digests, content): (Vec<_>, Vec<_>) =
+        objects.iter().partition(|name| name.ends_with(DIGESTS_SUFFIX));
+    collected.objects =
+        content.iter().filter(|name| !needed.contains(&pin_name(Folder::Objects, name))).count() as u64;
+    for name in content.into_iter().chain(digests) {
+        let id = name.strip_suffix(DIGESTS_SUFFIX).unwrap_or(name);
+        if !needed.contains(&pin_name(Folder::Objects, id)) {
+            collected.bytes += remove(&store.path(Folder::Objects, name))?;
+        }
+    }
+    for name in list(&store.folder(Folder::Blobs))? {
+        if !needed.contains(&pin_name(Folder::Blobs, &name)) {
+            collected.bytes += remove(&store.path(Folder::Blobs, &name))?;
+            collected.blobs += 1;
+        }
+    }
+    for folder in [Folder::Images, Folder::Layers, Folder::Objects, Folder::Blobs] {
+        let path = store.folder(folder);
+        durable::sync_directory(&path).context("sync", &path)?;
+    }
+    Ok(collected)
+}
+
+/// Removes the file and says how much disk space it took.
+fn remove(path: &Path) -> Result<u64, StoreError> {
+    let bytes = fs::symlink_metadata(path).map_or(0, |metadata| metadata.blocks() * 512);
+    fs::remove_file(path).or_else(ignore_missing).context("remove", path)?;
+    Ok(bytes)
+}
+
+fn ignore_missing(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
+fn list(folder: &Path) -> Result<Vec<String>, StoreError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).context("list", folder)? {
+        // The store gives no other names than text; a stranger's file is none of our business.
+        if let Ok(name) = entry.context("list", folder)?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}

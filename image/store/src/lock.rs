@@ -1,0 +1,42 @@
+//! Locks between processes: `flock` on a file, released when the holder drops it or dies.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+/// A lock held; released when dropped.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Waits until nobody holds the lock exclusively.
+    pub(crate) fn shared(path: &Path) -> io::Result<Self> {
+        Self::take(path, FlockOperation::LockShared)
+    }
+
+    /// Waits until nobody else holds the lock.
+    pub(crate) fn exclusive(path: &Path) -> io::Result<Self> {
+        Self::take(path, FlockOperation::LockExclusive)
+    }
+
+    /// Takes the lock alone if nobody else holds it; `None` if somebody does.
+    pub(crate) fn try_exclusive(path: &Path) -> io::Result<Option<Self>> {
+        match Self::take(path, FlockOperation::NonBlockingLockExclusive) {
+            Ok(lock) => Ok(Some(lock)),
+            Err(error) if error.raw_os_error() == Some(Errno::WOULDBLOCK.raw_os_error()) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    // Each lock opens the file anew: flock belongs to the open file, and two threads must not share one.
+    fn take(path: &Path, operation: FlockOperation) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        rustix::io::retry_on_intr(|| flock(&file, operation))?;
+        Ok(Self { _file: file })
+    }
+}
