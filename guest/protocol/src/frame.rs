@@ -1,9 +1,18 @@
 //! Frames: length, kind, payload.
 
-use crate::MAX_PAYLOAD_BYTES;
+use alloc::vec::Vec;
+
+use prost::Message;
+
+use crate::{MAX_DATA_BYTES, MAX_PAYLOAD_BYTES, Request, WindowSize};
 
 /// Bytes of a frame's header: payload length (4, little-endian) and kind (1).
 pub const HEADER_BYTES: usize = 5;
+
+/// The most bytes of a reply: its longest text is one line of an error.
+const MAX_REPLY_BYTES: usize = 16 << 10;
+/// The most bytes of a message that holds a few numbers.
+const MAX_NUMBERS_BYTES: usize = 128;
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +49,21 @@ pub enum Kind {
     Exited = 20,
 }
 
+impl Kind {
+    /// The most bytes the payload of such a frame may have.
+    pub fn max_payload_bytes(self) -> usize {
+        match self {
+            Self::Request => MAX_PAYLOAD_BYTES,
+            Self::Stdin | Self::Stdout | Self::Stderr => MAX_DATA_BYTES,
+            Self::StdinEnd | Self::StdoutClose | Self::StderrClose => 0,
+            Self::Signal => size_of::<u32>(),
+            Self::StdoutCredit | Self::StderrCredit | Self::StdinCredit => size_of::<u64>(),
+            Self::Reply => MAX_REPLY_BYTES,
+            Self::Resize | Self::Exited => MAX_NUMBERS_BYTES,
+        }
+    }
+}
+
 impl TryFrom<u8> for Kind {
     type Error = Malformed;
 
@@ -70,9 +94,15 @@ pub enum Malformed {
     /// A kind this version does not know.
     #[error("frame of unknown kind {0}")]
     Kind(u8),
-    /// A payload above [`MAX_PAYLOAD_BYTES`].
-    #[error("frame of {0} bytes where {MAX_PAYLOAD_BYTES} are allowed")]
+    /// A payload above [`Kind::max_payload_bytes`].
+    #[error("frame of {0} bytes, more than its kind may have")]
     Length(usize),
+    /// A payload that is not what the kind says.
+    #[error("frame of kind {0:?} with a payload that does not decode")]
+    Payload(Kind),
+    /// A kind that only the other side sends.
+    #[error("frame of kind {0:?} from the wrong side")]
+    Direction(Kind),
 }
 
 /// The header of a frame with `payload_bytes` of payload.
@@ -84,19 +114,86 @@ pub fn header(kind: Kind, payload_bytes: usize) -> [u8; HEADER_BYTES] {
 /// Reads a header: the kind and how many payload bytes follow.
 ///
 /// # Errors
-/// [`Malformed`] for an unknown kind or a length above the limit; nothing more may be read from the stream then.
+/// [`Malformed`] for an unknown kind or a length above the kind's limit; nothing more may be read from the stream
+/// then.
 pub fn parse_header(bytes: [u8; HEADER_BYTES]) -> Result<(Kind, usize), Malformed> {
     let [a, b, c, d, kind] = bytes;
     let length = u32::from_le_bytes([a, b, c, d]) as usize;
     if length > MAX_PAYLOAD_BYTES {
         return Err(Malformed::Length(length));
     }
-    Ok((Kind::try_from(kind)?, length))
+    let kind = Kind::try_from(kind)?;
+    if length > kind.max_payload_bytes() {
+        return Err(Malformed::Length(length));
+    }
+    Ok((kind, length))
+}
+
+/// Appends a whole frame to `out`.
+pub fn append(out: &mut Vec<u8>, kind: Kind, payload: &[u8]) {
+    out.extend_from_slice(&header(kind, payload.len()));
+    out.extend_from_slice(payload);
+}
+
+/// Appends a frame that carries `message`.
+pub fn append_message(out: &mut Vec<u8>, kind: Kind, message: &impl Message) {
+    let length = message.encoded_len();
+    out.extend_from_slice(&header(kind, length));
+    message.encode_raw(out);
+}
+
+/// What the host says to the agent, taken apart and checked.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ToAgent<'a> {
+    /// [`Kind::Request`].
+    Request(Request),
+    /// [`Kind::Stdin`].
+    Stdin(&'a [u8]),
+    /// [`Kind::StdinEnd`].
+    StdinEnd,
+    /// [`Kind::Signal`].
+    Signal(u32),
+    /// [`Kind::Resize`].
+    Resize(WindowSize),
+    /// [`Kind::StdoutCredit`].
+    StdoutCredit(u64),
+    /// [`Kind::StderrCredit`].
+    StderrCredit(u64),
+    /// [`Kind::StdoutClose`].
+    StdoutClose,
+    /// [`Kind::StderrClose`].
+    StderrClose,
+}
+
+impl<'a> ToAgent<'a> {
+    /// Decodes the payload of a frame the agent received.
+    ///
+    /// # Errors
+    /// [`Malformed`] when the payload is not what the kind says, or the kind is not the host's to send.
+    pub fn decode(kind: Kind, payload: &'a [u8]) -> Result<Self, Malformed> {
+        let broken = Malformed::Payload(kind);
+        let u64 = || payload.try_into().map(u64::from_le_bytes).map_err(|_| broken);
+        Ok(match kind {
+            Kind::Request => Self::Request(Request::decode(payload).map_err(|_| broken)?),
+            Kind::Stdin => Self::Stdin(payload),
+            Kind::StdinEnd => Self::StdinEnd,
+            Kind::Signal => Self::Signal(payload.try_into().map(u32::from_le_bytes).map_err(|_| broken)?),
+            Kind::Resize => Self::Resize(WindowSize::decode(payload).map_err(|_| broken)?),
+            Kind::StdoutCredit => Self::StdoutCredit(u64()?),
+            Kind::StderrCredit => Self::StderrCredit(u64()?),
+            Kind::StdoutClose => Self::StdoutClose,
+            Kind::StderrClose => Self::StderrClose,
+            Kind::Reply | Kind::Stdout | Kind::Stderr | Kind::StdinCredit | Kind::Exited => {
+                return Err(Malformed::Direction(kind));
+            }
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::vec;
 
     #[test]
     fn a_header_reads_back() {
@@ -105,14 +202,48 @@ mod tests {
 
     #[test]
     fn a_length_above_the_limit_is_refused_before_anything_is_read() {
-        assert_eq!(
-            parse_header(header(Kind::Stdin, MAX_PAYLOAD_BYTES + 1)),
-            Err(Malformed::Length(MAX_PAYLOAD_BYTES + 1))
-        );
+        let too_long = MAX_PAYLOAD_BYTES + 1;
+        assert_eq!(parse_header(header(Kind::Request, too_long)), Err(Malformed::Length(too_long)));
+    }
+
+    #[test]
+    fn each_kind_has_a_limit_of_its_own() {
+        for byte in 0..=u8::MAX {
+            let Ok(kind) = Kind::try_from(byte) else { continue };
+            assert_eq!(kind as u8, byte);
+            let most = kind.max_payload_bytes();
+            assert!(most <= MAX_PAYLOAD_BYTES);
+            assert_eq!(parse_header(header(kind, most)), Ok((kind, most)));
+            assert_eq!(parse_header(header(kind, most + 1)), Err(Malformed::Length(most + 1)));
+        }
     }
 
     #[test]
     fn an_unknown_kind_is_refused() {
         assert_eq!(parse_header([0, 0, 0, 0, 99]), Err(Malformed::Kind(99)));
+    }
+
+    #[test]
+    fn a_number_of_the_wrong_length_is_refused() {
+        assert_eq!(ToAgent::decode(Kind::Signal, &[15, 0, 0, 0]), Ok(ToAgent::Signal(15)));
+        assert_eq!(ToAgent::decode(Kind::Signal, &[15]), Err(Malformed::Payload(Kind::Signal)));
+        let credit = Kind::StdoutCredit;
+        assert_eq!(ToAgent::decode(credit, &[0; 7]), Err(Malformed::Payload(credit)));
+    }
+
+    #[test]
+    fn the_agents_own_words_are_refused_from_the_host() {
+        assert_eq!(ToAgent::decode(Kind::Exited, &[]), Err(Malformed::Direction(Kind::Exited)));
+    }
+
+    #[test]
+    fn a_message_frame_reads_back() {
+        let mut out = vec![];
+        let size = WindowSize { rows: 24, columns: 80 };
+        append_message(&mut out, Kind::Resize, &size);
+        let (start, payload) = out.split_at(HEADER_BYTES);
+        let (kind, length) = parse_header(start.try_into().expect("five bytes")).expect("our own header");
+        assert_eq!(length, payload.len());
+        assert_eq!(ToAgent::decode(kind, payload), Ok(ToAgent::Resize(size)));
     }
 }

@@ -10,11 +10,18 @@
 //! with [`INITIAL_CREDIT_BYTES`]; the receiver grants more as its own reader takes the bytes, so a slow reader holds
 //! up the command and not the host's memory.
 
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
 pub mod frame;
 mod message;
 pub mod power;
+mod reader;
 
 pub use message::*;
+pub use reader::Reader;
 
 /// The vsock port on which the agent accepts requests; it is bound before any user process runs.
 pub const AGENT_PORT: u32 = 1024;

@@ -1,5 +1,8 @@
 //! The messages, as prost types: unknown fields are skipped, so either side may be newer.
 
+use alloc::string::String;
+use alloc::vec::Vec;
+
 use prost::{Enumeration, Message, Oneof};
 
 /// What the host asks for; the first frame of a stream.
@@ -40,13 +43,14 @@ pub struct Setup {
     /// The block device that holds the writable upper (ext4); empty for a tmpfs upper.
     #[prost(string, tag = "2")]
     pub scratch_device: String,
-    /// The root is mounted without any upper and stays read-only; /tmp, /run and volumes are tmpfs.
+    /// The root is read-only for commands; /tmp and /run are tmpfs, and volumes stay writable.
     #[prost(bool, tag = "3")]
     pub read_only: bool,
     /// The host name commands see.
     #[prost(string, tag = "4")]
     pub hostname: String,
-    /// The image's VOLUME paths: each becomes a writable place of its own.
+    /// The image's VOLUME paths: each becomes a mount of its own, writable even when the root is not, and starts
+    /// with what the image has there.
     #[prost(string, repeated, tag = "5")]
     pub volumes: Vec<String>,
     /// Contents of /etc/resolv.conf; empty leaves the image's file.
@@ -58,6 +62,11 @@ pub struct Setup {
     /// Random bytes for the guest kernel's generator; at least 32.
     #[prost(bytes = "vec", tag = "8")]
     pub entropy: Vec<u8>,
+    /// Who is process 1 of the guest's processes. False: the first command, as with `docker run`; when it ends, so
+    /// does every other process, and further commands are refused. True: a reaper of the agent's, as with
+    /// `docker run --init`; it collects orphans, and what a command leaves running stays until power-off.
+    #[prost(bool, tag = "9")]
+    pub reaper: bool,
 }
 
 /// Starts a command.
@@ -66,7 +75,8 @@ pub struct Exec {
     /// The command and its arguments as bytes; at least one. The first is looked up in the command's PATH.
     #[prost(bytes = "vec", repeated, tag = "1")]
     pub argv: Vec<Vec<u8>>,
-    /// The whole environment as `KEY=VALUE` bytes. HOME and PATH are added when missing.
+    /// The whole environment as `KEY=VALUE` bytes. PATH, HOSTNAME, HOME and, with a terminal, TERM are added when
+    /// missing.
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub env: Vec<Vec<u8>>,
     /// The working directory; made when missing, as image builders expect of WORKDIR. Empty means `/`.
@@ -79,10 +89,11 @@ pub struct Exec {
     /// Gives the command a terminal of this size; stdout and stderr are then one stream.
     #[prost(message, optional, tag = "5")]
     pub tty: Option<WindowSize>,
-    /// Kills the command's process group after this many milliseconds; 0 is never.
+    /// Kills the command's process group after this many milliseconds; 0 is never. For process 1 that is everything.
     #[prost(uint64, tag = "6")]
     pub timeout_ms: u64,
-    /// Leaves stdin open for [`Stdin`](crate::frame::Kind::Stdin) frames; otherwise it is /dev/null.
+    /// Leaves stdin open for [`Stdin`](crate::frame::Kind::Stdin) frames; otherwise it is /dev/null, or with a
+    /// terminal one on which nobody types.
     #[prost(bool, tag = "7")]
     pub stdin: bool,
 }
@@ -180,6 +191,9 @@ pub enum Reason {
 }
 
 /// How a command ended; the last frame of an exec stream.
+///
+/// It follows all the command itself wrote. What a process left in the background still holds open is not waited
+/// for: as `docker run` ends with its process 1, so a command ends with its own process.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Exited {
     /// The exit code when it exited by itself.
