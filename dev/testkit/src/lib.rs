@@ -1,1 +1,11 @@
-//! Registries, images, guest driver halves and other things tests need.
+//! What tests need and users do not: images of every kind, made on this machine by the tools people use.
+
+#![forbid(unsafe_code)]
+
+pub mod image;
+pub mod layout;
+pub mod nasty;
+pub mod tar;
+mod tool;
+
+pub use tool::{capture, run};
