@@ -46,25 +46,30 @@ impl<'m> Slices<'m> {
 
     /// Takes the first `bytes` bytes off the front as a list of their own; all there are when there are fewer.
     pub fn take(&mut self, bytes: usize) -> Self {
-        let mut taken = Self { pieces: Vec::new(), bytes: 0, memory: PhantomData };
-        let mut whole = 0;
-        for piece in &mut self.pieces {
-            let wanted = bytes - taken.bytes;
+        let front = self.front(bytes);
+        *self = self.without_front(front.bytes);
+        front
+    }
+
+    /// The first `bytes` bytes; all there are when there are fewer.
+    pub fn front(&self, bytes: usize) -> Self {
+        let mut front = Self { pieces: Vec::new(), bytes: 0, memory: PhantomData };
+        for piece in &self.pieces {
+            let wanted = bytes - front.bytes;
             if wanted == 0 {
                 break;
             }
             let length = piece.iov_len.min(wanted);
-            taken.pieces.push(libc::iovec { iov_base: piece.iov_base, iov_len: length });
-            taken.bytes += length;
-            if length == piece.iov_len {
-                whole += 1;
-            } else {
-                *piece = after(*piece, length);
-            }
+            front.pieces.push(libc::iovec { iov_base: piece.iov_base, iov_len: length });
+            front.bytes += length;
         }
-        self.pieces.drain(..whole);
-        self.bytes -= taken.bytes;
-        taken
+        front
+    }
+
+    /// What is left past the first `bytes` bytes.
+    pub fn without_front(&self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        Self { pieces: without_front(&self.pieces, bytes), bytes: self.bytes - bytes, memory: PhantomData }
     }
 
     /// Copies the runs to the start of `into`, as far as both reach, and says how many bytes that were.
