@@ -1,1 +1,24 @@
 //! Run OCI images as hardware-isolated microVMs.
+//!
+//! A [`Vm`] is a machine with an image's root file system, ready for commands; a [`Child`] is a command in it, with
+//! the streams, signals and exit status of a local process. Each machine is one process, the *monitor*
+//! ([`monitor`]), which this library starts and speaks to; it never touches guest memory or KVM itself. Dropping a
+//! handle ends what it stands for.
+
+#![forbid(unsafe_code)]
+
+pub mod agent;
+mod blame;
+pub mod bundle;
+mod disk;
+pub mod monitor;
+pub mod signal;
+mod vm;
+
+pub use agent::{AgentError, Child, ExitStatus};
+pub use blame::Blame;
+pub use bundle::{BundleError, GuestBundle};
+pub use disk::{Disk, Extent, Scratch, ScratchError};
+pub use kiln_protocol::{Reason, WindowSize};
+pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram};
+pub use vm::{ExecBuilder, ExecError, MEMORY_MIN_MIB, Output, Phase, VCPUS_MAX, Vm, VmBuilder, VmError};

@@ -1,0 +1,330 @@
+//! The monitor: the process that is one virtual machine, seen from the host.
+//!
+//! ```text
+//! spawn ──► idle ──start──► booting ──Booted, Ready──► ready ──► ended
+//!             └───────────────┴── Failed, or the process dies ───┘
+//! ```
+//! The host holds one end of a `SOCK_SEQPACKET` pair and the monitor the other, as descriptor 3. Whoever drops a
+//! [`Monitor`] ends the machine: the process is killed, and should the host itself be killed, the monitor reads the
+//! end of the channel and goes by itself.
+
+mod channel;
+mod end;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Happened, Start, Stop};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::process::{Child, ChildStderr};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use channel::AsyncChannel;
+pub use end::MachineEnd;
+
+/// What the monitor program is started as (`argv[0]`), by which a binary that is more than a monitor knows its part.
+pub const MONITOR_NAME: &str = "kiln-monitor";
+/// How much of what a monitor says on its stderr is kept, for the report of its death.
+const STDERR_TAIL_BYTES: usize = 8 << 10;
+/// How long a monitor may take to go once its machine has ended or its channel is closed; then it is killed.
+const EXIT_LIMIT: Duration = Duration::from_secs(5);
+
+/// The executable that monitors are made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MonitorProgram {
+    path: PathBuf,
+}
+
+impl MonitorProgram {
+    /// The running program itself, as the `kiln` binary uses it. Its `main` must hand over to the monitor when
+    /// `argv[0]` is [`MONITOR_NAME`].
+    pub fn this() -> Self {
+        Self { path: "/proc/self/exe".into() }
+    }
+
+    /// Another executable: what a program names that embeds this library, usually the installed `kiln`.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Where the executable is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Times a machine has passed on its way up, as host `CLOCK_MONOTONIC` in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BootTimes {
+    /// The monitor's first own act.
+    pub spawned_ns: u64,
+    /// The first vCPU entered the guest.
+    pub entered_ns: u64,
+    /// The agent's first instruction, or 0 when it did not announce itself.
+    pub agent_started_ns: u64,
+    /// The agent listens.
+    pub ready_ns: u64,
+}
+
+/// How far a machine has come.
+#[derive(Clone, Debug, Default)]
+struct Life {
+    booted: bool,
+    ready: bool,
+    times: BootTimes,
+    end: Option<Arc<MachineEnd>>,
+}
+
+/// A handle on a running monitor; dropping it ends the machine.
+#[derive(Debug)]
+pub struct Monitor {
+    channel: Arc<AsyncChannel>,
+    life: watch::Receiver<Life>,
+    watcher: JoinHandle<()>,
+}
+
+/// Why a monitor could not be started or spoken to.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The process could not be started.
+    #[error("cannot start the monitor {}", path.display())]
+    Spawn {
+        /// The executable.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The control channel failed, or refused what was to be sent.
+    #[error("cannot speak to the monitor")]
+    Channel(#[from] ChannelError),
+    /// A system call around the channel failed.
+    #[error("cannot set up a channel to the monitor")]
+    Setup(#[source] io::Error),
+    /// The machine ended, or never began.
+    #[error(transparent)]
+    Ended(#[from] Arc<MachineEnd>),
+}
+
+impl Monitor {
+    /// Starts a monitor process, which then waits for [`start`](Self::start).
+    ///
+    /// It gets nothing of this process: descriptor 3 is its channel, stdin and stdout are `/dev/null`, stderr a pipe
+    /// whose last lines are kept for [`MachineEnd::Died`], and it is a process group of its own so that a Ctrl-C
+    /// meant for its host does not reach it. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`MonitorError::Spawn`] when the executable cannot be run, [`MonitorError::Setup`] when the host is out of
+    /// descriptors.
+    pub fn spawn(program: &MonitorProgram) -> Result<Self, MonitorError> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| MonitorError::Setup(errno.into()))?;
+
+        let spawn_error = |source| MonitorError::Spawn { path: program.path.clone(), source };
+        let mut command = std::process::Command::new(&program.path);
+        command
+            .arg0(MONITOR_NAME)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])
+            .map_err(|collision| spawn_error(io::Error::other(collision)))?;
+        let mut command = tokio::process::Command::from(command);
+        let mut child = command.kill_on_drop(true).spawn().map_err(spawn_error)?;
+        // The command still holds the monitor's end; with it open here, the monitor's death would not be seen.
+        drop(command);
+
+        let channel = Arc::new(AsyncChannel::new(ours).map_err(MonitorError::Setup)?);
+        let (life_sender, life) = watch::channel(Life::default());
+        let stderr = child.stderr.take();
+        let watcher = tokio::spawn(watch_over(Arc::clone(&channel), child, stderr, life_sender));
+        Ok(Self { channel, life, watcher })
+    }
+
+    /// Makes the machine and boots it: once, first. `fds` are what the message's `*_fd` fields count.
+    ///
+    /// Returns when the order is sent; [`ready`](Self::ready) says what came of it.
+    ///
+    /// # Errors
+    /// [`MonitorError::Channel`] when the order has more disks and extents than a packet may carry;
+    /// [`MonitorError::Ended`] when the monitor is gone.
+    pub async fn start(&self, start: Start, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
+        self.send(Do::Start(start), fds).await
+    }
+
+    /// Waits until the agent listens.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn ready(&self) -> Result<BootTimes, MonitorError> {
+        self.reach(|life| life.ready).await
+    }
+
+    /// Waits until a vCPU has entered the guest.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn booted(&self) -> Result<BootTimes, MonitorError> {
+        self.reach(|life| life.booted).await
+    }
+
+    /// Connects a stream to a vsock port of the guest.
+    ///
+    /// Returns before the guest has answered: a port on which nothing listens reads as an end of the stream.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] when the machine is gone, [`MonitorError::Setup`] when the host is out of descriptors.
+    pub async fn connect(&self, port: u32) -> Result<UnixStream, MonitorError> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(MonitorError::Setup)?;
+        ours.set_nonblocking(true).map_err(MonitorError::Setup)?;
+        let stream = UnixStream::from_std(ours).map_err(MonitorError::Setup)?;
+        self.send(Do::Connect(Connect { port }), &[theirs.as_fd()]).await?;
+        Ok(stream)
+    }
+
+    /// Ends the machine at once, as pulling the plug would, and waits until its process is gone.
+    ///
+    /// A monitor that does not obey within 5 s is killed.
+    pub async fn stop(self) -> MachineEnd {
+        let stopping = async {
+            // One that cannot be told is gone already, and its end says how.
+            let _ = self.send(Do::Stop(Stop {}), &[]).await;
+            MachineEnd::clone(&*self.ended().await)
+        };
+        tokio::time::timeout(EXIT_LIMIT, stopping).await.unwrap_or_default()
+    }
+
+    /// Waits for the end of the machine, however it comes.
+    pub async fn ended(&self) -> Arc<MachineEnd> {
+        let mut life = self.life.clone();
+        match life.wait_for(|life| life.end.is_some()).await {
+            Ok(life) => life.end.clone().unwrap_or_default(),
+            Err(_) => Arc::default(),
+        }
+    }
+
+    /// A view of the machine's end for one who does not own the machine.
+    pub(crate) fn end_watch(&self) -> EndWatch {
+        EndWatch { life: self.life.clone() }
+    }
+
+    async fn reach(&self, reached: impl Fn(&Life) -> bool) -> Result<BootTimes, MonitorError> {
+        let mut life = self.life.clone();
+        let Ok(life) = life.wait_for(|life| reached(life) || life.end.is_some()).await else {
+            return Err(Arc::<MachineEnd>::default().into());
+        };
+        if reached(&life) {
+            return Ok(life.times);
+        }
+        Err(life.end.clone().unwrap_or_default().into())
+    }
+
+    async fn send(&self, call: Do, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
+        match self.channel.send(&Command { call: Some(call) }, fds).await {
+            // The process is gone or going: its end says why better than the socket does.
+            Err(ChannelError::Closed) => Err(self.ended().await.into()),
+            other => Ok(other?),
+        }
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        // The watcher owns the process, which dies with it.
+        self.watcher.abort();
+    }
+}
+
+/// Waits for the end of a machine without keeping it alive.
+#[derive(Clone, Debug)]
+pub(crate) struct EndWatch {
+    life: watch::Receiver<Life>,
+}
+
+impl EndWatch {
+    /// Waits for the end of the machine; a machine whose handle was dropped has been stopped.
+    pub(crate) async fn ended(&mut self) -> Arc<MachineEnd> {
+        match self.life.wait_for(|life| life.end.is_some()).await {
+            Ok(life) => life.end.clone().unwrap_or_default(),
+            Err(_) => Arc::default(),
+        }
+    }
+}
+
+/// Reads events until the machine's end, then waits for the process.
+async fn watch_over(
+    channel: Arc<AsyncChannel>,
+    mut child: Child,
+    stderr: Option<ChildStderr>,
+    life: watch::Sender<Life>,
+) {
+    let said = tokio::spawn(keep_tail(stderr));
+    let end = read_events(&channel, &life).await;
+    let status = match tokio::time::timeout(EXIT_LIMIT, child.wait()).await {
+        Ok(status) => status,
+        Err(_) => match child.start_kill() {
+            Ok(()) => child.wait().await,
+            Err(error) => Err(error),
+        },
+    };
+    let end = match end {
+        Some(end) => end,
+        None => MachineEnd::Died {
+            status: status.ok(),
+            stderr: String::from_utf8_lossy(&said.await.unwrap_or_default()).trim().to_owned(),
+        },
+    };
+    life.send_modify(|life| life.end = Some(Arc::new(end)));
+}
+
+/// Publishes events as they come. `None` when the channel closed or broke before a last event.
+async fn read_events(channel: &AsyncChannel, life: &watch::Sender<Life>) -> Option<MachineEnd> {
+    loop {
+        let event = channel.receive().await.ok()?;
+        match event.happened {
+            Some(Happened::Booted(booted)) => life.send_modify(|life| {
+                life.booted = true;
+                life.times.spawned_ns = booted.spawned_ns;
+                life.times.entered_ns = booted.entered_ns;
+            }),
+            Some(Happened::Ready(ready)) => life.send_modify(|life| {
+                life.ready = true;
+                life.times.agent_started_ns = ready.agent_started_ns;
+                life.times.ready_ns = ready.ready_ns;
+            }),
+            Some(Happened::Ended(ended)) => return Some(MachineEnd::from(ended)),
+            Some(Happened::Failed(failed)) => return Some(MachineEnd::from(failed)),
+            // A newer monitor may report more than this version knows.
+            None => {}
+        }
+    }
+}
+
+/// The last bytes of what the monitor says on its stderr.
+async fn keep_tail(stderr: Option<ChildStderr>) -> Vec<u8> {
+    let mut tail = Vec::new();
+    let Some(mut stderr) = stderr else { return tail };
+    let mut buffer = [0; 1024];
+    while let Ok(count) = stderr.read(&mut buffer).await {
+        if count == 0 {
+            break;
+        }
+        tail.extend_from_slice(&buffer[..count]);
+        if tail.len() > 2 * STDERR_TAIL_BYTES {
+            tail.drain(..tail.len() - STDERR_TAIL_BYTES);
+        }
+    }
+    tail.drain(..tail.len().saturating_sub(STDERR_TAIL_BYTES));
+    tail
+}

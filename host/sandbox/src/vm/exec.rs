@@ -1,0 +1,177 @@
+//! Commands in a machine.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::time::Duration;
+
+use kiln_protocol::{AGENT_PORT, Exec, Reason, WindowSize};
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+use crate::Blame;
+use crate::agent::{AgentError, Child, ExitStatus};
+use crate::monitor::{MachineEnd, Monitor, MonitorError};
+
+/// What [`ExecBuilder::output`] keeps of each stream unless told otherwise.
+const OUTPUT_LIMIT_BYTES: usize = 16 << 20;
+
+/// A command to run in a machine. Made by [`Vm::exec`](super::Vm::exec).
+#[derive(Debug)]
+#[must_use]
+pub struct ExecBuilder<'vm> {
+    monitor: &'vm Monitor,
+    exec: Exec,
+    output_limit_bytes: usize,
+}
+
+/// What a command that ran to its end left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// What it wrote to stdout, or to its terminal.
+    pub stdout: Vec<u8>,
+    /// What it wrote to stderr.
+    pub stderr: Vec<u8>,
+}
+
+/// Why a command did not run, or its end is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// The agent could not be reached: the command did not run.
+    #[error(transparent)]
+    Connect(#[from] MonitorError),
+    /// The agent refused, or the stream to it broke.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// It wrote more than the limit, and was killed.
+    #[error("the command wrote more than {limit_bytes} bytes to its {stream}")]
+    OutputLimit {
+        /// `stdout` or `stderr`.
+        stream: &'static str,
+        /// The limit.
+        limit_bytes: usize,
+    },
+}
+
+impl ExecError {
+    /// Whose fault this is.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Connect(MonitorError::Ended(end)) => end.blame(),
+            Self::Connect(_) => Blame::Host,
+            Self::Agent(error) => error.blame(),
+            Self::OutputLimit { .. } => Blame::Caller,
+        }
+    }
+
+    /// The agent's reason, when it refused.
+    pub fn refusal(&self) -> Option<Reason> {
+        match self {
+            Self::Agent(AgentError::Refused { reason, .. }) => Some(*reason),
+            _ => None,
+        }
+    }
+
+    /// How the machine ended, when that is what went wrong.
+    pub fn machine_end(&self) -> Option<&MachineEnd> {
+        match self {
+            Self::Connect(MonitorError::Ended(end)) | Self::Agent(AgentError::MachineEnded(end)) => Some(end),
+            _ => None,
+        }
+    }
+}
+
+impl<'vm> ExecBuilder<'vm> {
+    pub(super) fn new(monitor: &'vm Monitor, argv: Vec<OsString>) -> Self {
+        let exec = Exec { argv: argv.into_iter().map(OsStringExt::into_vec).collect(), ..Exec::default() };
+        Self { monitor, exec, output_limit_bytes: OUTPUT_LIMIT_BYTES }
+    }
+
+    /// Adds `KEY=VALUE` words to the environment, which is empty at first; HOME and PATH are added when missing.
+    pub fn env(mut self, words: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        self.exec.env.extend(words.into_iter().map(|word| word.into().into_vec()));
+        self
+    }
+
+    /// The working directory, made when missing; `/` by default.
+    pub fn cwd(mut self, folder: impl Into<String>) -> Self {
+        self.exec.cwd = folder.into();
+        self
+    }
+
+    /// `name`, `uid`, `name:group` or `uid:gid` as the image knows them; root by default.
+    pub fn user(mut self, user: impl Into<String>) -> Self {
+        self.exec.user = user.into();
+        self
+    }
+
+    /// Gives the command a terminal of this size; stdout and stderr are then one stream.
+    pub fn tty(mut self, size: WindowSize) -> Self {
+        self.exec.tty = Some(size);
+        self
+    }
+
+    /// Gives the command a stdin to write to; otherwise it reads `/dev/null`.
+    pub fn stdin(mut self) -> Self {
+        self.exec.stdin = true;
+        self
+    }
+
+    /// Kills the command's process group when it runs longer than this.
+    pub fn timeout(mut self, limit: Duration) -> Self {
+        self.exec.timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
+        self
+    }
+
+    /// What [`output`](Self::output) keeps of each stream at most; 16 MiB by default.
+    pub fn output_limit(mut self, bytes: usize) -> Self {
+        self.output_limit_bytes = bytes;
+        self
+    }
+
+    /// Starts the command. It runs at most once, whatever happens to the connection.
+    ///
+    /// # Errors
+    /// [`ExecError::Agent`] with the reason when it could not be started.
+    pub async fn spawn(self) -> Result<Child, ExecError> {
+        let mut end = self.monitor.end_watch();
+        let stream = self.monitor.connect(AGENT_PORT).await?;
+        match Child::start(stream, self.exec).await {
+            Ok(child) => Ok(child.in_machine(end)),
+            Err(error) => Err(error.explained(&mut end).await.into()),
+        }
+    }
+
+    /// Runs the command to its end and returns what it wrote.
+    ///
+    /// # Errors
+    /// [`ExecError::OutputLimit`] when it wrote too much; otherwise as [`spawn`](Self::spawn).
+    pub async fn output(self) -> Result<Output, ExecError> {
+        let limit = self.output_limit_bytes;
+        let mut child = self.spawn().await?;
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        drop(child.stdin.take());
+        let (stdout, stderr) =
+            tokio::try_join!(read_to_limit(stdout, "stdout", limit), read_to_limit(stderr, "stderr", limit))?;
+        let status = child.wait().await?;
+        Ok(Output { status, stdout, stderr })
+    }
+}
+
+async fn read_to_limit(
+    stream: Option<impl AsyncRead + Unpin>,
+    name: &'static str,
+    limit_bytes: usize,
+) -> Result<Vec<u8>, ExecError> {
+    let mut bytes = Vec::new();
+    let Some(stream) = stream else { return Ok(bytes) };
+    let read = stream.take(limit_bytes as u64 + 1).read_to_end(&mut bytes).await;
+    match read {
+        Ok(_) if bytes.len() > limit_bytes => Err(ExecError::OutputLimit { stream: name, limit_bytes }),
+        // A stream that was cut off is reported by the wait that follows, with the reason.
+        Ok(_) => Ok(bytes),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(bytes),
+        Err(error) => Err(AgentError::Lost(error).into()),
+    }
+}
