@@ -6,8 +6,9 @@
 //! and its machine with it. The monitor trusts its host for intent, not for form: each packet is checked whole
 //! before anything is done.
 
-mod message;
 mod channel;
+mod inherited;
+mod message;
 
 pub use channel::{Channel, ChannelError};
 pub use message::*;

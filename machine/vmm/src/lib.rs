@@ -1,1 +1,27 @@
 //! The monitor of one virtual machine: boot, devices, exit loop.
+//!
+//! ```text
+//! Shell::create ─▶ boot::load_kernel, boot::prepare ─▶ Machine::start ─▶ … ─▶ Machine::wait
+//! memory, local     kernel, initramfs, tables          devices,             how it ended
+//! APICs, vCPUs      in guest memory                    a thread a vCPU
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod boot;
+mod clock;
+mod console;
+mod control;
+mod cpuid;
+mod devices;
+mod host;
+pub mod layout;
+mod machine;
+pub mod monitor;
+mod shell;
+
+pub use clock::{Nanoseconds, monotonic};
+pub use console::Console;
+pub use control::End;
+pub use host::is_pvm;
+pub use machine::{Machine, Notice, Observer, StartError};
+pub use shell::{MAX_MEMORY_MIB, MIN_MEMORY_MIB, Shape, ShapeError, Shell, ShellError};

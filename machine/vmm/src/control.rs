@@ -1,0 +1,73 @@
+//! The control word of a running machine: what its vCPU threads are to do.
+//!
+//! ```text
+//! running ──end()──▶ ended
+//! ```
+//!
+//! A vCPU thread looks at the word after each exit. Whoever changes it kicks every vCPU, so nothing waits in a poll.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use kiln_control::EndReason;
+use kiln_hypervisor::Kick;
+use rustix::event::{EventfdFlags, eventfd};
+
+const RUNNING: u32 = 0;
+const ENDED: u32 = 1;
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Why.
+    pub reason: EndReason,
+    /// The particulars, or empty.
+    pub detail: String,
+}
+
+/// The control word, and what is needed to make a change of it felt.
+pub(crate) struct Control<K> {
+    word: AtomicU32,
+    end: Mutex<Option<End>>,
+    kicks: Vec<K>,
+    /// Readable once the machine has ended.
+    ended: OwnedFd,
+}
+
+impl<K: Kick> Control<K> {
+    /// A running machine's control word; `kicks` are those of all its vCPUs.
+    pub(crate) fn new(kicks: Vec<K>) -> std::io::Result<Self> {
+        let ended = eventfd(0, EventfdFlags::CLOEXEC)?;
+        Ok(Self { word: AtomicU32::new(RUNNING), end: Mutex::new(None), kicks, ended })
+    }
+
+    /// Whether the vCPU that asks may go on.
+    pub(crate) fn is_running(&self) -> bool {
+        self.word.load(Ordering::Acquire) == RUNNING
+    }
+
+    /// Ends the machine. The first end counts.
+    pub(crate) fn end(&self, reason: EndReason, detail: impl Into<String>) {
+        let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        if end.is_some() {
+            return;
+        }
+        *end = Some(End { reason, detail: detail.into() });
+        drop(end);
+        self.word.store(ENDED, Ordering::SeqCst);
+        self.kicks.iter().for_each(Kick::kick);
+        // The counter is 0 here, so this neither blocks nor fails.
+        let _ = rustix::io::write(&self.ended, &1_u64.to_ne_bytes());
+    }
+
+    /// How it ended, once it has.
+    pub(crate) fn ended(&self) -> Option<End> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Readable once the machine has ended.
+    pub(crate) fn ended_fd(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+}

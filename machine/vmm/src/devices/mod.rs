@@ -1,0 +1,179 @@
+//! Everything the guest reaches by I/O port or by an address that is not RAM, and the dispatch to it.
+//!
+//! Accesses arrive on vCPU threads and are answered there. What nobody answers reads as all ones and ignores writes, as
+//! on a PC.
+
+mod ioapic;
+pub(crate) mod power;
+mod serial;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kiln_memory::{Gpa, GuestMemory};
+use kiln_virtio::{Device, Interrupt, Transport};
+
+use crate::console::ConsoleInput;
+use crate::layout;
+
+pub(crate) use ioapic::Ioapic;
+use serial::Serial;
+
+/// The keyboard controller's command and status port; Kiln has no keyboard, but this is how a PC resets itself.
+const KEYBOARD_COMMAND: u16 = 0x64;
+const KEYBOARD_PULSE_RESET: u8 = 0xfe;
+/// The chipset's reset control register.
+const RESET_CONTROL: u16 = 0xcf9;
+const RESET_CONTROL_RESET: u8 = 1 << 2;
+
+/// What a write asks of the machine, when it is more than a register changing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// Go on.
+    None,
+    /// The guest resets itself.
+    Reset,
+    /// A request through the power page.
+    Power(power::Request),
+}
+
+/// The devices of one machine.
+pub(crate) struct Devices {
+    serial: Mutex<Serial>,
+    console: ConsoleInput,
+    ioapic: Arc<Ioapic>,
+    transports: Vec<Transport>,
+}
+
+impl Devices {
+    /// The legacy devices and one transport for each of `virtio`, which must be at most
+    /// [`layout::MAX_VIRTIO_DEVICES`].
+    pub(crate) fn new(
+        console: ConsoleInput,
+        ioapic: Ioapic,
+        memory: &GuestMemory,
+        virtio: Vec<Box<dyn Device>>,
+    ) -> Self {
+        let ioapic = Arc::new(ioapic);
+        let transports = (layout::VIRTIO_PIN..)
+            .zip(virtio)
+            .map(|(pin, device)| {
+                let line = Arc::new(Line { ioapic: Arc::clone(&ioapic), pin });
+                Transport::new(device, memory.clone(), line)
+            })
+            .collect();
+        Self { serial: Mutex::default(), console, ioapic, transports }
+    }
+
+    /// The guest writes `data` to `port`; a string instruction writes several elements at once.
+    pub(crate) fn write_port(&self, port: u16, data: &[u8]) -> Effect {
+        match (port, data.first()) {
+            (KEYBOARD_COMMAND, Some(&KEYBOARD_PULSE_RESET)) => return Effect::Reset,
+            (RESET_CONTROL, Some(value)) if value & RESET_CONTROL_RESET != 0 => return Effect::Reset,
+            (serial::PORT..=serial::LAST_PORT, _) => {
+                for &byte in data {
+                    self.write_serial(port - serial::PORT, byte);
+                }
+            }
+            _ => {}
+        }
+        Effect::None
+    }
+
+    /// The guest reads from `port` into `data`.
+    pub(crate) fn read_port(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        match port {
+            serial::PORT..=serial::LAST_PORT => {
+                let mut serial = self.serial();
+                data.fill_with(|| serial.read(port - serial::PORT));
+            }
+            // Idle: a guest that wants to reset itself waits for it.
+            KEYBOARD_COMMAND => data.fill(0),
+            _ => {}
+        }
+    }
+
+    /// The guest writes `data` at `gpa`.
+    pub(crate) fn write_memory(&self, gpa: u64, data: &[u8]) -> Effect {
+        let Some((window, offset)) = self.window(gpa) else { return Effect::None };
+        match window {
+            Window::Virtio(transport) => transport.write(offset, data),
+            Window::Power => {
+                if let Some(request) = word(data).and_then(|value| power::write(offset, value)) {
+                    return Effect::Power(request);
+                }
+            }
+            Window::Ioapic => {
+                if let Some(value) = word(data) {
+                    self.ioapic.write(offset, value);
+                }
+            }
+        }
+        Effect::None
+    }
+
+    /// The guest reads at `gpa` into `data`.
+    pub(crate) fn read_memory(&self, gpa: u64, data: &mut [u8]) {
+        let value = match self.window(gpa) {
+            Some((Window::Virtio(transport), offset)) => return transport.read(offset, data),
+            Some((Window::Power, offset)) if data.len() == 4 => power::read(offset),
+            Some((Window::Ioapic, offset)) if data.len() == 4 => Some(self.ioapic.read(offset)),
+            _ => None,
+        };
+        match value {
+            Some(value) => data.copy_from_slice(&value.to_le_bytes()),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// What is at `gpa`, and how far into it.
+    fn window(&self, gpa: u64) -> Option<(Window<'_>, u64)> {
+        let offset = gpa % layout::WINDOW_BYTES;
+        let window = match Gpa(gpa - offset) {
+            layout::POWER_PAGE => Window::Power,
+            layout::IOAPIC => Window::Ioapic,
+            start => {
+                let index = start.0.checked_sub(layout::VIRTIO_START.0)? / layout::WINDOW_BYTES;
+                Window::Virtio(self.transports.get(usize::try_from(index).ok()?)?)
+            }
+        };
+        Some((window, offset))
+    }
+
+    fn write_serial(&self, offset: u16, byte: u8) {
+        let effect = self.serial().write(offset, byte);
+        if let Some(byte) = effect.output {
+            self.console.push(byte);
+        }
+        if effect.interrupt {
+            self.ioapic.raise(layout::SERIAL_PIN);
+        }
+    }
+
+    fn serial(&self) -> MutexGuard<'_, Serial> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+enum Window<'a> {
+    Power,
+    Ioapic,
+    Virtio(&'a Transport),
+}
+
+/// One pin of the I/O APIC, as a virtio device sees it.
+struct Line {
+    ioapic: Arc<Ioapic>,
+    pin: u8,
+}
+
+impl Interrupt for Line {
+    fn raise(&self) {
+        self.ioapic.raise(self.pin);
+    }
+}
+
+/// The value of a 32-bit access.
+fn word(data: &[u8]) -> Option<u32> {
+    data.try_into().ok().map(u32::from_le_bytes)
+}

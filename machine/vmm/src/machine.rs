@@ -1,0 +1,220 @@
+//! A running machine: a thread for each vCPU, and the devices they reach.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use kiln_control::EndReason;
+use kiln_hypervisor::{Exit, Hypervisor, Msi, Vcpu, Vm};
+use kiln_virtio::Device;
+
+use crate::boot::EntryState;
+use crate::clock::{Nanoseconds, monotonic};
+use crate::console::Console;
+use crate::control::{Control, End};
+use crate::devices::{Devices, Effect, Ioapic, power};
+use crate::layout;
+use crate::shell::Shell;
+
+/// What the guest kernel prints when it gives up. Linux `kernel/panic.c`.
+const PANIC_LINE: &[u8] = b"Kernel panic - not syncing";
+
+/// Something a running machine reports while it goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The first vCPU is about to enter the guest.
+    Entered(Nanoseconds),
+    /// The agent rang the doorbell with this phase.
+    Doorbell(u32, Nanoseconds),
+}
+
+/// Told of each [`Notice`], on the vCPU thread it happens on; it should not take long.
+pub type Observer = Box<dyn Fn(Notice) + Send + Sync>;
+
+type Kick<H> = <<<H as Hypervisor>::Vm as Vm>::Vcpu as Vcpu>::Kick;
+
+/// A running machine. Dropping it ends it.
+pub struct Machine<H: Hypervisor> {
+    // The threads share the devices; the machine keeps what is needed to end them.
+    control: Arc<Control<Kick<H>>>,
+    threads: Vec<JoinHandle<()>>,
+    console: Console,
+}
+
+/// What all vCPU threads of a machine share.
+struct Shared<K> {
+    control: Arc<Control<K>>,
+    devices: Devices,
+    observer: Observer,
+}
+
+impl<H: Hypervisor> Machine<H> {
+    /// Starts the guest in `shell` at `entry`.
+    ///
+    /// `virtio` are its devices in the order of their windows, at most [`layout::MAX_VIRTIO_DEVICES`].
+    ///
+    /// # Errors
+    /// What the host says when it has no thread or descriptor left, or the hypervisor refuses the entry state.
+    pub fn start(
+        shell: Shell<H>,
+        entry: &EntryState,
+        console: Console,
+        virtio: Vec<Box<dyn Device>>,
+        observer: Observer,
+    ) -> Result<Self, StartError> {
+        assert!(virtio.len() <= layout::MAX_VIRTIO_DEVICES, "the caller counts its devices");
+        let Shell { vm, mut vcpus, memory, shape } = shell;
+        if let Some(first) = vcpus.first_mut() {
+            entry.apply(first)?;
+        }
+        let control = Arc::new(Control::new(vcpus.iter().map(Vcpu::kick).collect())?);
+        let ioapic = Ioapic::new(shape.vcpus(), deliver(vm, Arc::clone(&control)));
+        let devices = Devices::new(console.input(), ioapic, &memory, virtio);
+        let shared = Arc::new(Shared { control: Arc::clone(&control), devices, observer });
+
+        let mut machine = Self { control, threads: Vec::with_capacity(vcpus.len()), console };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu {index}"))
+                .spawn(move || shared.run(index, vcpu))?;
+            machine.threads.push(thread);
+        }
+        Ok(machine)
+    }
+
+    /// Readable once the machine has ended.
+    pub fn ended_fd(&self) -> BorrowedFd<'_> {
+        self.control.ended_fd()
+    }
+
+    /// Ends the machine at once, as pulling the plug would.
+    pub fn stop(&self) {
+        self.control.end(EndReason::Stopped, "");
+    }
+
+    /// Waits until the machine has ended and its devices have stopped. Says how it ended.
+    pub fn wait(mut self) -> (End, Console) {
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has ended the machine, which says so.
+            let _ = thread.join();
+        }
+        self.console.close();
+        let mut end =
+            self.control.ended().unwrap_or(End { reason: EndReason::Stopped, detail: String::new() });
+        let may_be_panic = matches!(end.reason, EndReason::Reset | EndReason::Crash | EndReason::PowerOff);
+        if may_be_panic && self.console.contains(PANIC_LINE) {
+            end.reason = EndReason::Panic;
+        }
+        (end, self.console.clone())
+    }
+}
+
+impl<H: Hypervisor> Drop for Machine<H> {
+    fn drop(&mut self) {
+        self.stop();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A machine cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The hypervisor refused.
+    #[error(transparent)]
+    Hypervisor(#[from] kiln_hypervisor::Error),
+    /// The host has no thread or descriptor left.
+    #[error("cannot start the machine's threads")]
+    Host(#[from] std::io::Error),
+}
+
+/// Delivers interrupts to the vCPUs. One that cannot be delivered would hang the guest, so it ends the machine.
+fn deliver<V: Vm, K: kiln_hypervisor::Kick>(
+    vm: Arc<V>,
+    control: Arc<Control<K>>,
+) -> impl Fn(Msi) + Send + Sync {
+    move |msi| {
+        if let Err(error) = vm.signal_msi(msi) {
+            control.end(EndReason::Crash, format!("an interrupt cannot be delivered: {error}"));
+        }
+    }
+}
+
+impl<K: kiln_hypervisor::Kick> Shared<K> {
+    /// The life of one vCPU thread.
+    fn run(&self, index: usize, mut vcpu: impl Vcpu<Kick = K>) {
+        let _guard = EndOnPanic(&self.control);
+        if index == 0 {
+            (self.observer)(Notice::Entered(monotonic()));
+        }
+        while self.control.is_running() {
+            let effect = match vcpu.run() {
+                Ok(Exit::PortWrite { port, data }) => self.devices.write_port(port, data),
+                Ok(Exit::PortRead { port, data }) => {
+                    self.devices.read_port(port, data);
+                    Effect::None
+                }
+                Ok(Exit::MmioWrite { gpa, data }) => self.devices.write_memory(gpa, data),
+                Ok(Exit::MmioRead { gpa, data }) => {
+                    self.devices.read_memory(gpa, data);
+                    Effect::None
+                }
+                Ok(Exit::Kicked) => Effect::None,
+                Ok(other) => {
+                    let cause = crash(&other);
+                    return self.crashed(index, &vcpu, &cause);
+                }
+                Err(error) => return self.crashed(index, &vcpu, &error.to_string()),
+            };
+            match effect {
+                Effect::None => {}
+                Effect::Reset => self.control.end(EndReason::Reset, ""),
+                Effect::Power(request) => self.serve(request),
+            }
+        }
+    }
+
+    /// Does what the guest asked for through the power page.
+    fn serve(&self, request: power::Request) {
+        match request {
+            power::Request::PowerOff(0) => self.control.end(EndReason::PowerOff, ""),
+            power::Request::PowerOff(code) => self.control.end(EndReason::PowerOff, format!("code {code}")),
+            power::Request::Notice(code) => {
+                self.control.end(EndReason::Panic, format!("the guest gave up, code {code}"));
+            }
+            power::Request::Doorbell(phase) => (self.observer)(Notice::Doorbell(phase, monotonic())),
+        }
+    }
+
+    /// Ends the machine because a vCPU cannot go on.
+    fn crashed(&self, index: usize, vcpu: &impl Vcpu, cause: &str) {
+        let at = vcpu
+            .registers()
+            .map_or_else(|_| String::new(), |registers| format!(", RIP {:#x}", registers.rip));
+        self.control.end(EndReason::Crash, format!("vCPU {index}: {cause}{at}"));
+    }
+}
+
+/// Why a vCPU cannot go on.
+fn crash(exit: &Exit<'_>) -> String {
+    match exit {
+        Exit::Shutdown => "triple fault".into(),
+        Exit::InternalError(error) => error.to_string(),
+        Exit::FailedEntry { reason } => format!("the processor refused the vCPU's state, reason {reason:#x}"),
+        Exit::Unknown(reason) => format!("KVM exit {reason}, which Kiln does not know"),
+        _ => "an exit that needs no answer".into(),
+    }
+}
+
+/// Ends the machine when a vCPU thread unwinds, so that nobody waits for it forever.
+struct EndOnPanic<'a, K: kiln_hypervisor::Kick>(&'a Control<K>);
+
+impl<K: kiln_hypervisor::Kick> Drop for EndOnPanic<'_, K> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(EndReason::Crash, "a vCPU thread panicked");
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! A `Start` command, checked whole before anything is done.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kiln_control::{Blame, Disk as DiskSpec, Extent as ExtentSpec, Start};
+use kiln_virtio::{Block, DataFile, Device, Disk, DiskError, DiskFault, Extent};
+
+use super::{Failure, PROGRAM_NAME, with_causes};
+use crate::layout::MAX_VIRTIO_DEVICES;
+use crate::shell::{Shape, ShapeError};
+
+/// The devices every machine has beside its disks: vsock and rng.
+const OTHER_DEVICES: usize = 2;
+/// The context ids a guest may have: those below are the hypervisor's and the host's, the highest means "any".
+/// VIRTIO 1.2 §5.10.4 "Device configuration layout".
+const GUEST_CIDS: std::ops::Range<u64> = 3..0xffff_ffff;
+
+/// What a machine is made of.
+pub(super) struct Plan {
+    pub(super) shape: Shape,
+    pub(super) kernel: File,
+    pub(super) initramfs: File,
+    pub(super) command_line: String,
+    pub(super) disks: Vec<Box<dyn Device>>,
+    pub(super) console: Option<OwnedFd>,
+    pub(super) cid: u64,
+}
+
+impl Plan {
+    /// Checks `start` and the descriptors that came with it.
+    pub(super) fn check(start: Start, files: Vec<OwnedFd>) -> Result<Self, Failure> {
+        let shape = Shape::new(start.memory_mib, start.vcpus)?;
+        if !GUEST_CIDS.contains(&start.cid) {
+            return Err(Failure::new(Blame::Kiln, format!("{} is no context id for a guest", start.cid)));
+        }
+        if start.disks.len() + OTHER_DEVICES > MAX_VIRTIO_DEVICES {
+            let most = MAX_VIRTIO_DEVICES - OTHER_DEVICES;
+            return Err(Failure::new(Blame::Caller, format!("{} disks; at most {most}", start.disks.len())));
+        }
+        let files = Files { files: files.into_iter().map(File::from).collect() };
+        let mut data = BTreeMap::new();
+        let disks = start
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, disk)| make_disk(index, disk, &files, &mut data))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            shape,
+            kernel: files.get(start.kernel_fd)?,
+            initramfs: files.get(start.initramfs_fd)?,
+            command_line: start.cmdline,
+            disks,
+            console: start.console_fd.map(|index| files.get(index)).transpose()?.map(OwnedFd::from),
+            cid: start.cid,
+        })
+    }
+}
+
+/// Files by which extents name them: data and digests.
+type DataFiles = BTreeMap<(u32, Option<u32>), Arc<DataFile>>;
+
+fn make_disk(
+    index: usize,
+    spec: &DiskSpec,
+    files: &Files,
+    data: &mut DataFiles,
+) -> Result<Box<dyn Device>, Failure> {
+    let fault = |error: DiskError| {
+        let blame = if matches!(error, DiskError::Host(_)) { Blame::Host } else { Blame::Kiln };
+        Failure::new(blame, format!("disk {index}: {}", with_causes(&error)))
+    };
+    let mut open = |fd: u32, digests_fd: Option<u32>| -> Result<Arc<DataFile>, Failure> {
+        if let Some(file) = data.get(&(fd, digests_fd)) {
+            return Ok(Arc::clone(file));
+        }
+        let file = match digests_fd {
+            Some(digests) => DataFile::verified(files.get(fd)?, files.get(digests)?).map_err(fault)?,
+            None => DataFile::trusted(files.get(fd)?),
+        };
+        let file = Arc::new(file);
+        data.insert((fd, digests_fd), Arc::clone(&file));
+        Ok(file)
+    };
+    let mut extents = Vec::with_capacity(spec.extents.len());
+    for &ExtentSpec { fd, offset, length, digests_fd } in &spec.extents {
+        extents.push(Extent { file: open(fd, digests_fd)?, offset, bytes: length });
+    }
+    let disk = if spec.read_only {
+        Disk::read_only(extents)
+    } else {
+        match <[Extent; 1]>::try_from(extents) {
+            Ok([extent]) => Disk::writable(extent),
+            Err(_) => Err(DiskError::Shape("a writable disk has exactly one extent")),
+        }
+    };
+    let report =
+        Box::new(move |fault: &DiskFault| eprintln!("{PROGRAM_NAME}: disk {index}, {}", with_causes(fault)));
+    let block = disk.and_then(|disk| Block::new(disk, &spec.serial, report)).map_err(fault)?;
+    Ok(Box::new(block))
+}
+
+/// The descriptors beside a command.
+struct Files {
+    files: Vec<File>,
+}
+
+impl Files {
+    /// The file of index `index`.
+    fn get(&self, index: u32) -> Result<File, Failure> {
+        let file = usize::try_from(index).ok().and_then(|index| self.files.get(index)).ok_or_else(|| {
+            Failure::new(Blame::Kiln, format!("descriptor {index} of {} does not exist", self.files.len()))
+        })?;
+        file.try_clone().map_err(|error: io::Error| Failure::host("cannot duplicate a descriptor", &error))
+    }
+}
+
+impl From<ShapeError> for Failure {
+    fn from(error: ShapeError) -> Self {
+        Self::new(Blame::Caller, error.to_string())
+    }
+}
