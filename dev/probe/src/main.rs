@@ -20,7 +20,7 @@ usage: probe list DIR...      every file below, with all its metadata and the di
        probe count            how many bytes stdin had, and a checksum of them
        probe pattern BYTES    writes so many bytes of a fixed pattern to stdout
        probe append FILE      writes and syncs one numbered line after another, and says each when it is durable
-       probe identity         user, groups, directory, environment
+       probe identity         user, groups, directory, host name, environment
        probe exit CODE
 ";
 
@@ -141,6 +141,7 @@ fn identity() -> io::Result<()> {
     writeln!(out, "uid {} gid {}", rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())?;
     writeln!(out, "groups {groups:?}")?;
     writeln!(out, "cwd {}", std::env::current_dir()?.display())?;
+    writeln!(out, "host {}", rustix::system::uname().nodename().to_string_lossy())?;
     for (name, stream) in [("stdin", rustix::stdio::stdin()), ("stdout", rustix::stdio::stdout())] {
         writeln!(out, "{name} tty {}", rustix::termios::isatty(stream))?;
     }

@@ -71,6 +71,11 @@ pub(crate) fn run(args: &[String]) -> ExitCode {
     }
 }
 
+/// Debian's kernel as a file, for machines inside the rig.
+pub(crate) fn kernel() -> Result<PathBuf> {
+    Ok(files()?.kernel)
+}
+
 fn parse(args: &[String]) -> Result<Options> {
     let mut options = Options {
         cpus: 2,

@@ -1,13 +1,108 @@
-//! System tests and benchmarks.
+//! System tests and benchmarks: whole machines, on this host's KVM or in the rig.
 
-use anyhow::{Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-/// Runs the system tests.
-pub(crate) fn run(_args: &[String]) -> Result<()> {
-    bail!("not part of this tree yet")
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use crate::{paths, process, release, rig};
+
+/// How many tests run at once on this host, each with a machine or two.
+const HOST_THREADS: &str = "2";
+/// The same in the rig, where every instruction is emulated.
+const RIG_THREADS: &str = "2";
+/// Processors of the rig for tests.
+const RIG_CPUS: &str = "2";
+/// Memory of the rig for tests, in MiB: an 8 GiB guest that touches it all, and the files that tests write.
+const RIG_MEMORY_MIB: &str = "13312";
+/// The longest a run in the rig may take, in seconds.
+const RIG_LIMIT_SECONDS: &str = "2400";
+/// Crates whose own tests use /dev/kvm, so that they run on both kinds of it.
+const KVM_CRATES: [&str; 2] = ["kiln-hypervisor", "kiln-vmm"];
+
+const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+
+/// Runs the system tests: `[--rig] [FILTER...]`, filters and options as libtest has them.
+pub(crate) fn run(args: &[String]) -> Result<()> {
+    let in_rig = args.iter().any(|arg| arg == "--rig");
+    let filters: Vec<&str> = args.iter().map(String::as_str).filter(|arg| *arg != "--rig").collect();
+    let kiln = release::build()?;
+    let probe = probe()?;
+    let store = paths::target().join("test-store");
+    let environment = [("KILN", kiln), ("KILN_PROBE", probe), ("KILN_TEST_STORE", store.clone())];
+
+    let mut images =
+        process::cargo(["run", "--quiet", "--package", "kiln-testkit", "--bin", "make-test-images"]);
+    process::run(images.envs(environment.clone()))?;
+    if in_rig {
+        return run_in_rig(&environment, &filters);
+    }
+    if store.exists() {
+        std::fs::remove_dir_all(&store).context("the store of an earlier run")?;
+    }
+    let mut tests = process::cargo(["test", "--package", "kiln-tests", "--test", "system", "--"]);
+    process::run(tests.args(["--test-threads", HOST_THREADS]).args(filters).envs(environment))
 }
 
-/// Runs a benchmark.
-pub(crate) fn bench(_args: &[String]) -> Result<()> {
-    bail!("not part of this tree yet")
+/// Runs the same tests, and those that need hardware-style KVM, in the rig.
+fn run_in_rig(environment: &[(&str, PathBuf)], filters: &[&str]) -> Result<()> {
+    let kernel = rig::kernel()?;
+    let mut programs = test_programs(&["--package", "kiln-tests", "--test", "system"])?;
+    if filters.is_empty() {
+        for name in KVM_CRATES {
+            programs.extend(test_programs(&["--package", name])?);
+        }
+    }
+    let xtask = std::env::current_exe().context("our own path")?;
+    for program in programs {
+        eprintln!("in the rig: {}", program.display());
+        let mut command = Command::new(&xtask);
+        command.args([
+            "rig",
+            "--cpus",
+            RIG_CPUS,
+            "--mem",
+            RIG_MEMORY_MIB,
+            "--timeout",
+            RIG_LIMIT_SECONDS,
+            "--",
+        ]);
+        command.arg(program).args(["--include-ignored", "--test-threads", RIG_THREADS]).args(filters);
+        command.envs(environment.iter().cloned()).env("KILN_TEST_KERNEL", &kernel);
+        process::run(&mut command)?;
+    }
+    Ok(())
+}
+
+/// Builds tests and returns their programs.
+fn test_programs(selection: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut build = process::cargo(["test", "--no-run", "--quiet", "--message-format", "json"]);
+    let messages = process::output(build.args(selection))?;
+    let mut programs = Vec::new();
+    for line in messages.lines() {
+        let message: Value = serde_json::from_str(line).context("cargo's messages")?;
+        if let Some(program) = message["executable"].as_str().filter(|_| message["profile"]["test"] == true) {
+            programs.push(program.into());
+        }
+    }
+    if programs.is_empty() {
+        bail!("no test program in {selection:?}");
+    }
+    Ok(programs)
+}
+
+/// Builds the static program that looks at guests from inside.
+pub(crate) fn probe() -> Result<PathBuf> {
+    let mut build = process::cargo(["build", "--release", "--package", "kiln-probe", "--target", TRIPLE]);
+    process::run(build.env("RUSTFLAGS", "-C target-feature=+crt-static"))?;
+    Ok(paths::target().join(TRIPLE).join("release/kiln-probe"))
+}
+
+/// Runs a benchmark: `boot|pull|rootfs|io [--json FILE]`.
+pub(crate) fn bench(args: &[String]) -> Result<()> {
+    let kiln = release::build()?;
+    let environment: [(&str, &Path); 2] = [("KILN", &kiln), ("KILN_PROBE", &probe()?)];
+    let mut bench = process::cargo(["run", "--quiet", "--release", "--package", "kiln-bench", "--"]);
+    process::run(bench.args(args).envs(environment))
 }

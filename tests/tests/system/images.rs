@@ -1,0 +1,1 @@
+//! Pulling from registries, and what is then in the store.

@@ -1,0 +1,18 @@
+//! Whole machines: the real `kiln`, real images, real KVM. Run by `cargo xtask test`.
+//!
+//! A guest takes seconds to boot where KVM has no hardware to use, so a test asks one guest as much as belongs
+//! together.
+
+#![forbid(unsafe_code)]
+
+mod cli;
+mod config;
+mod disk;
+mod exit;
+mod images;
+mod lifetime;
+mod machine;
+mod nasty;
+mod signals;
+mod streams;
+mod terminal;
