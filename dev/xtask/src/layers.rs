@@ -21,7 +21,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("guest", &["support"]),
     ("host", &["machine/control", "guest/protocol", "image", "support"]),
     ("front", &["host"]),
-    ("dev", &["support", "machine", "image", "guest", "host"]),
+    ("dev", &["support", "machine", "image", "guest", "host", "front"]),
     ("bench", &["support", "machine", "image", "guest", "host", "dev/testkit"]),
     ("tests", &["support", "machine", "image", "guest", "host", "dev/testkit"]),
 ];

@@ -40,6 +40,7 @@ const PACKAGES: &[(&str, Group, &str)] = &[
     ("erofs-utils", Group::Test, "the oracle for EROFS images"),
     ("attr", Group::Test, "extended attributes in images"),
     ("libcap2-bin", Group::Test, "file capabilities in images"),
+    ("g++", Group::Test, "libFuzzer"),
     ("strace", Group::Test, "watching a process for sleeps"),
     ("qemu-system-x86", Group::Rig, "the emulator's libraries"),
     ("util-linux", Group::Rig, "setpriv"),
