@@ -15,6 +15,7 @@ mod layer;
 mod merge;
 mod paths;
 mod read;
+mod scratch;
 mod sink;
 mod tar;
 mod tree;
@@ -23,6 +24,7 @@ mod xattr;
 pub use layer::{LayerError, LayerSummary, Limits, write_layer, write_layer_within};
 pub use merge::{MergeError, MergeSummary, merge};
 pub use read::{LayerReader, ReadError};
+pub use scratch::{SCRATCH_BYTES_MAX, SCRATCH_BYTES_MIN, ScratchError, scratch};
 
 /// Changes whenever the same archive would give other bytes than before: part of the key of whatever is kept.
 pub const FORMAT_VERSION: u32 = 1;
