@@ -10,11 +10,6 @@ use anyhow::{Context as _, Result};
 
 use crate::{paths, process};
 
-/// The one target the agent is built for.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// A static binary, position independent so that its addresses are the kernel's to choose.
-const RUSTFLAGS: &str = "-C target-feature=+crt-static";
-
 /// Builds the initramfs and prints where it is.
 pub(crate) fn run(_args: &[String]) -> Result<()> {
     println!("{}", build()?.display());
@@ -23,18 +18,11 @@ pub(crate) fn run(_args: &[String]) -> Result<()> {
 
 /// Builds the agent, packs it, and returns the path of `initramfs.cpio`.
 pub(crate) fn build() -> Result<PathBuf> {
+    // The profile's own folder of the target directory.
     let dir = paths::target().join("guest");
-    // A target directory of its own: other RUSTFLAGS in the shared one would rebuild everything at each turn.
-    let agent_target = dir.join("agent");
-    let args = ["build", "--quiet", "--locked", "--package", "kiln-agent", "--bin", "kiln-agent"];
-    process::run(
-        process::cargo(args)
-            .args(["--profile", "guest", "--target", TARGET, "--target-dir"])
-            .arg(&agent_target)
-            .env("RUSTFLAGS", RUSTFLAGS)
-            .env_remove("CARGO_ENCODED_RUSTFLAGS"),
-    )?;
-    let agent = agent_target.join(TARGET).join("guest/kiln-agent");
+    let args = ["build", "--quiet", "--locked", "--package", "kiln-agent", "--features", "program"];
+    process::run(process::cargo(args).args(["--profile", "guest"]))?;
+    let agent = dir.join("kiln-agent");
     let agent = std::fs::read(&agent).with_context(|| agent.display().to_string())?;
 
     let packed = dir.join("initramfs.cpio");

@@ -1,29 +1,67 @@
-//! Process 1 of a Kiln guest.
+//! Process 1 of a Kiln guest, as the kernel starts it.
 
+#![no_std]
+#![no_main]
 #![deny(unsafe_code)]
 
-use kiln_agent::power::Power;
-use kiln_agent::sys;
-use kiln_protocol::{AGENT_PORT, power};
-use std::os::fd::AsFd;
+extern crate alloc;
 
-fn main() {
-    let page = Power::find();
-    page.ring(power::PHASE_STARTED);
-    println!("kiln-agent: started");
-    match sys::listen_on_vsock(AGENT_PORT) {
-        Ok(listener) => {
-            page.ring(power::PHASE_LISTENING);
-            println!("kiln-agent: listening");
-            let mut fds = [rustix::event::PollFd::new(&listener, rustix::event::PollFlags::IN)];
-            while rustix::event::poll(&mut fds, None).is_ok() {
-                println!("kiln-agent: connection: {:?}", sys::accept_from_host(listener.as_fd()));
-            }
-        }
+use alloc::format;
+use core::panic::PanicInfo;
+
+use kiln_agent::listen::Listener;
+use kiln_agent::power::Power;
+use kiln_agent::server::Agent;
+use kiln_agent::setup::set_up;
+use kiln_agent::sys::{self, Heap};
+use kiln_protocol::{AGENT_PORT, power};
+use rustix::io::Errno;
+use rustix::process::DumpableBehavior;
+
+#[path = "sys/program.rs"]
+mod program;
+
+#[global_allocator]
+static HEAP: Heap = Heap::new();
+
+/// What process 1 does, from its first instruction to the end of the machine.
+fn run() {
+    let (power, missing) = Power::find();
+    power.ring(power::PHASE_STARTED);
+    if let Some(error) = missing {
+        say(format_args!("no power device, so the host hears no doorbell: {error:?}"));
+    }
+    // Children share the agent's memory until they execute: nothing may look into them meanwhile.
+    if let Err(error) = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        say(format_args!("cannot close its memory to others: {error:?}"));
+    }
+    match listen().and_then(|agent| {
+        power.ring(power::PHASE_LISTENING);
+        agent.run()
+    }) {
+        Ok(()) => {}
         Err(error) => {
-            eprintln!("kiln-agent: no vsock: {error}");
-            page.notice(1);
-            page.off(1);
+            say(format_args!("cannot serve: {error:?}"));
+            sys::notice(power::NOTICE_AGENT_PANIC);
         }
     }
+    power.off();
+}
+
+fn listen() -> Result<Agent, Errno> {
+    let socket = sys::listen_on_vsock(AGENT_PORT)?;
+    Agent::new(Listener::Vsock(socket), set_up)
+}
+
+/// Writes a line to the console.
+fn say(words: core::fmt::Arguments<'_>) {
+    program::write(format!("kiln-agent: {words}\n").as_bytes());
+}
+
+#[panic_handler]
+fn panicked(info: &PanicInfo<'_>) -> ! {
+    sys::notice(power::NOTICE_AGENT_PANIC);
+    say(format_args!("{info}"));
+    // The kernel panics when process 1 ends, and its console has this line before.
+    program::exit(1)
 }

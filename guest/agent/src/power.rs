@@ -1,6 +1,8 @@
 //! What the agent tells the monitor without words: that it runs, that it listens, that the machine is to end.
 
 use kiln_protocol::power;
+use rustix::io::Errno;
+use rustix::system::RebootCommand;
 
 use crate::sys::PowerPage;
 
@@ -10,14 +12,11 @@ pub struct Power {
 }
 
 impl Power {
-    /// Finds the power device. A machine without one is reported on the console and goes on.
-    pub fn find() -> Self {
+    /// Finds the power device, and says why when there is none.
+    pub fn find() -> (Self, Option<Errno>) {
         match PowerPage::map() {
-            Ok(page) => Self { page: Some(page) },
-            Err(error) => {
-                eprintln!("kiln-agent: no power device, the host will not hear the doorbell: {error}");
-                Self { page: None }
-            }
+            Ok(page) => (Self { page: Some(page) }, None),
+            Err(error) => (Self { page: None }, Some(error)),
         }
     }
 
@@ -26,17 +25,11 @@ impl Power {
         self.write(power::DOORBELL, phase);
     }
 
-    /// Says that what comes next is no orderly end.
-    pub fn notice(&self, code: u32) {
-        self.write(power::NOTICE, code);
-    }
-
-    /// Ends the machine.
-    pub fn off(&self, code: u32) {
-        self.write(power::OFF, code);
+    /// Ends the machine. Returns when that cannot be done.
+    pub fn off(&self) {
+        self.write(power::OFF, 0);
         // Still here: there is no device. The kernel's reset is a triple fault in the end, which every monitor sees.
-        let error = rustix::system::reboot(rustix::system::RebootCommand::Restart);
-        eprintln!("kiln-agent: cannot even reset: {error:?}");
+        let _ = rustix::system::reboot(RebootCommand::Restart);
     }
 
     fn write(&self, register: usize, value: u32) {

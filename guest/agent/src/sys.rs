@@ -1,9 +1,20 @@
-//! All the agent does that the compiler cannot check: the device page, vsock addresses, starting and reaping a child.
+//! All the agent does that the compiler cannot check: the device page, and the system calls rustix has not.
 
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as arch;
+
+mod child;
+mod heap;
 mod page;
+mod random;
 mod vsock;
 
-pub use page::PowerPage;
+pub use child::{Child, Ended, Failure, Stage, Start, reap, signal, start, start_reaper};
+pub use heap::Heap;
+pub use page::{PowerPage, notice};
+pub use random::add_entropy;
 pub use vsock::{accept_from_host, listen_on_vsock};

@@ -1,28 +1,41 @@
 //! vsock addresses, which rustix does not know. Linux man page vsock(7).
 
-use std::io;
-use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use core::mem::size_of;
 
 use kiln_protocol::HOST_CID;
+use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use super::arch::{self, syscall};
 
 /// Connections waiting to be accepted; the agent accepts at once, so this bounds one burst.
 const BACKLOG: i32 = 32;
+const CID_ANY: u32 = u32::MAX;
+
+/// `struct sockaddr_vm`.
+#[repr(C)]
+#[derive(Default)]
+struct Address {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    zero: [u8; 4],
+}
 
 /// A listening vsock socket on `port`.
 ///
 /// # Errors
 /// When the kernel has no vsock, or the port is taken.
-pub fn listen_on_vsock(port: u32) -> io::Result<OwnedFd> {
+pub fn listen_on_vsock(port: u32) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
-    let address = address(libc::VMADDR_CID_ANY, port);
-    // SAFETY: `address` is a whole sockaddr_vm and the length says so; the kernel only reads it.
-    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), address_bytes()) };
-    if bound != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let address = Address { family: AddressFamily::VSOCK.as_raw(), port, cid: CID_ANY, ..Address::default() };
+    let arguments =
+        [socket.as_raw_fd() as usize, (&raw const address).expose_provenance(), size_of::<Address>(), 0, 0];
+    // SAFETY: the kernel reads a sockaddr_vm of the length given.
+    unsafe { syscall(arch::BIND, arguments) }?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket)
 }
@@ -33,34 +46,24 @@ pub fn listen_on_vsock(port: u32) -> io::Result<OwnedFd> {
 /// says, the kernel names it by the guest's own id.
 ///
 /// # Errors
-/// `WouldBlock` when none waits, and what accept(2) reports.
-pub fn accept_from_host(listener: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
-    let mut peer = address(0, 0);
-    let mut length = address_bytes();
-    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+/// `AGAIN` when none waits, and what accept(2) reports.
+pub fn accept_from_host(listener: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
+    let mut peer = Address::default();
+    let mut length = size_of::<Address>() as u32;
+    let flags = (SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).bits() as usize;
+    let arguments = [
+        listener.as_raw_fd() as usize,
+        (&raw mut peer).expose_provenance(),
+        (&raw mut length).expose_provenance(),
+        flags,
+        0,
+    ];
     // SAFETY: the kernel writes at most `length` bytes into `peer`, which is that long, and the new length.
-    let fd = unsafe { libc::accept4(listener.as_raw_fd(), (&raw mut peer).cast(), &raw mut length, flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let connection = unsafe { syscall(arch::ACCEPT4, arguments) }?;
     // SAFETY: accept4 has just made this descriptor for us alone.
-    let connection = unsafe { OwnedFd::from_raw_fd(fd) };
-    let from_host = length == address_bytes()
-        && libc::c_int::from(peer.svm_family) == libc::AF_VSOCK
-        && peer.svm_cid == HOST_CID;
+    let connection = unsafe { OwnedFd::from_raw_fd(connection as i32) };
+    let from_host = length as usize == size_of::<Address>()
+        && peer.family == AddressFamily::VSOCK.as_raw()
+        && peer.cid == HOST_CID;
     Ok(from_host.then_some(connection))
-}
-
-fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
-    libc::sockaddr_vm {
-        svm_family: libc::AF_VSOCK as libc::sa_family_t,
-        svm_reserved1: 0,
-        svm_port: port,
-        svm_cid: cid,
-        svm_zero: [0; 4],
-    }
-}
-
-const fn address_bytes() -> libc::socklen_t {
-    size_of::<libc::sockaddr_vm>() as libc::socklen_t
 }

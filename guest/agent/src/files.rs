@@ -1,0 +1,156 @@
+//! Files of the image, which can be anything an attacker likes: read with a limit, written as new files.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+/// The most bytes read of any file.
+const MAX_FILE_BYTES: usize = 8 << 20;
+
+/// The contents of a regular file, or nothing when there is none.
+///
+/// # Errors
+/// `FBIG` above 8 MiB, and what the kernel reports. What is no regular file counts as missing; opening it does not
+/// wait (a fifo without writer) and takes no terminal.
+pub(crate) fn read(path: &str) -> Result<Vec<u8>, Errno> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(file) => file,
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NXIO | Errno::ACCESS) => return Ok(vec![]),
+        Err(error) => return Err(error),
+    };
+    let stat = rustix::fs::fstat(&file)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Ok(vec![]);
+    }
+    let size = usize::try_from(stat.st_size).map_err(|_| Errno::FBIG)?;
+    if size > MAX_FILE_BYTES {
+        return Err(Errno::FBIG);
+    }
+    // Files of procfs have size 0, so there is always room for some more; a file that grows meanwhile is cut there.
+    let mut contents = vec![0; size + 4096];
+    let mut length = 0;
+    while length < contents.len() {
+        match rustix::io::read(&file, &mut contents[length..])? {
+            0 => break,
+            bytes => length += bytes,
+        }
+        // A regular file comes whole, so no second call is made to hear that it has ended.
+        if size > 0 && length >= size {
+            break;
+        }
+    }
+    contents.truncate(length);
+    Ok(contents)
+}
+
+/// Writes a new file in place of whatever was there (a link is replaced, not followed), and the directories above it.
+///
+/// # Errors
+/// What the kernel reports, `ISDIR` for a directory among them.
+pub(crate) fn replace(path: &str, contents: &[u8]) -> Result<(), Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mode = Mode::from_raw_mode(0o644);
+    match rustix::fs::unlink(path) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(error) => return Err(error),
+    }
+    let file = match rustix::fs::open(path, flags, mode) {
+        Err(Errno::NOENT) => {
+            let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+            make_directories(parent)?;
+            rustix::fs::open(path, flags, mode)?
+        }
+        opened => opened?,
+    };
+    let mut rest = contents;
+    while !rest.is_empty() {
+        let written = rustix::io::write(&file, rest)?;
+        rest = &rest[written..];
+    }
+    Ok(())
+}
+
+/// Makes the directory `path` and those above it, as far as they are missing.
+///
+/// # Errors
+/// What the kernel reports; `NOTDIR` when something else is in the way.
+pub(crate) fn make_directories(path: &str) -> Result<(), Errno> {
+    let mode = Mode::from_raw_mode(0o755);
+    let ends = path.char_indices().skip(1).filter(|(_, letter)| *letter == '/').map(|(at, _)| at);
+    for end in ends.chain([path.len()]) {
+        match rustix::fs::mkdirat(CWD, &path[..end], mode) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            // An empty path, or one like `/a//b`, where nothing is to be made.
+            Err(Errno::NOENT) if path[..end].is_empty() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use alloc::format;
+    use alloc::string::{String, ToString as _};
+    use std::os::unix::fs::symlink;
+
+    fn scratch() -> (tempfile::TempDir, String) {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().to_str().expect("an ASCII path").to_string();
+        (dir, path)
+    }
+
+    #[test]
+    fn a_fifo_a_directory_and_a_device_read_as_nothing_at_once() {
+        let (_dir, path) = scratch();
+        let fifo = format!("{path}/fifo");
+        rustix::fs::mknodat(CWD, fifo.as_str(), FileType::Fifo, Mode::RWXU, 0).expect("a fifo");
+        for path in [fifo.as_str(), path.as_str(), "/dev/zero", "/no/such/file"] {
+            assert_eq!(read(path), Ok(vec![]), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_huge_file_is_refused_unread() {
+        let (_dir, path) = scratch();
+        let huge = format!("{path}/huge");
+        let file = std::fs::File::create(&huge).expect("a file");
+        file.set_len(1 << 40).expect("a sparse file");
+        assert_eq!(read(&huge), Err(Errno::FBIG));
+        file.set_len(MAX_FILE_BYTES as u64).expect("a sparse file");
+        assert_eq!(read(&huge).map(|contents| contents.len()), Ok(MAX_FILE_BYTES));
+    }
+
+    #[test]
+    fn a_file_without_a_size_is_read_to_its_end() {
+        let status = read("/proc/self/status").expect("procfs");
+        assert!(status.starts_with(b"Name:"));
+    }
+
+    #[test]
+    fn a_link_is_replaced_and_not_followed() {
+        let (_dir, path) = scratch();
+        let (target, link) = (format!("{path}/target"), format!("{path}/link"));
+        std::fs::write(&target, "untouched").expect("a file");
+        symlink(&target, &link).expect("a link");
+        assert_eq!(replace(&link, b"new"), Ok(()));
+        assert_eq!(std::fs::read(&link).expect("the file"), b"new");
+        assert_eq!(std::fs::read(&target).expect("the file"), b"untouched");
+        assert!(std::fs::symlink_metadata(&link).expect("the file").is_file());
+    }
+
+    #[test]
+    fn missing_directories_are_made_and_present_ones_kept() {
+        let (_dir, path) = scratch();
+        assert_eq!(replace(&format!("{path}/a/b/file"), b"x"), Ok(()));
+        assert_eq!(make_directories(&format!("{path}/a//b/../c/")), Ok(()));
+        assert!(std::path::Path::new(&format!("{path}/a/c")).is_dir());
+        assert_eq!(make_directories(&format!("{path}/a/b/file/d")), Err(Errno::NOTDIR));
+        assert_eq!(make_directories(""), Ok(()));
+    }
+}

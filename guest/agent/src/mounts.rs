@@ -1,0 +1,231 @@
+//! The file systems of the guest.
+//!
+//! The agent starts in the kernel's initial root, which holds itself and nothing else, mounts the image and the
+//! writable layer there, and then makes their overlay its own root, on top of the initial one: from then on no path
+//! leads back. Only after that is anything looked up inside the image, so its links, however hostile, end inside it.
+//!
+//! The root is mounted `nodev`: a device node in an image, or one smuggled into the writable layer, opens nothing.
+
+use alloc::ffi::CString;
+use alloc::format;
+
+use kiln_protocol::Failed;
+use rustix::fd::OwnedFd;
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{FsPickFlags, MountFlags, UnmountFlags};
+
+use crate::failure::internal;
+use crate::files;
+
+/// Where the image's file system is before it is part of the root.
+const LOWER: &str = "/lower";
+/// Where the writable file system is.
+const SCRATCH: &str = "/scratch";
+/// Where the overlay of both is made.
+const ROOT: &str = "/root";
+/// The options of the overlay. Renaming a directory of the image works (`redirect_dir`), copying for a change of
+/// ownership alone is avoided nowhere (`metacopy`), and file handles are not exported (`index`). Linux
+/// Documentation/filesystems/overlayfs.rst.
+const OVERLAY: &str =
+    "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work,redirect_dir=on,metacopy=off,index=off";
+
+/// Devices every command may use: name and character device number. Linux Documentation/admin-guide/devices.txt.
+const DEVICES: [(&str, (u32, u32)); 6] = [
+    ("/dev/null", (1, 3)),
+    ("/dev/zero", (1, 5)),
+    ("/dev/full", (1, 7)),
+    ("/dev/random", (1, 8)),
+    ("/dev/urandom", (1, 9)),
+    ("/dev/tty", (5, 0)),
+];
+/// Links in /dev. The first terminal is the console, when there is one.
+const DEVICE_LINKS: [(&str, &str); 7] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+    ("/proc/kcore", "/dev/core"),
+    ("pts/ptmx", "/dev/ptmx"),
+    ("pts/0", "/dev/console"),
+];
+/// Parts of /proc that commands may read and not write, root or not: through them the kernel runs programs of the
+/// writer's choosing outside of any namespace (`kernel.core_pattern`, `kernel.modprobe`), or does what a key press
+/// does.
+const READ_ONLY_PROC: [&str; 2] = ["/proc/sys", "/proc/sysrq-trigger"];
+
+/// Mounts the kernel's device nodes in the agent's own root, and opens its random generator.
+pub(crate) fn kernel_devices() -> Result<OwnedFd, Failed> {
+    make_directory("/dev").map_err(|error| internal("make /dev", error))?;
+    rustix::mount::mount("dev", "/dev", "devtmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, None)
+        .map_err(|error| internal("mount devtmpfs", error))?;
+    open("/dev/urandom", OFlags::RDWR).map_err(|error| internal("open /dev/urandom", error))
+}
+
+/// Mounts the image and the writable layer, and makes their overlay the root of the agent and all its children.
+/// Returns the root of the writable file system, when a device holds it.
+pub(crate) fn root(image: &str, scratch: &str) -> Result<Option<OwnedFd>, Failed> {
+    for directory in [LOWER, SCRATCH, ROOT] {
+        make_directory(directory).map_err(|error| internal("make a mount point", error))?;
+    }
+    mount(image, LOWER, "erofs", MountFlags::RDONLY | MountFlags::NOATIME | MountFlags::NODEV, "")?;
+    let held = if scratch.is_empty() {
+        mount("scratch", SCRATCH, "tmpfs", MountFlags::empty(), "mode=755")?;
+        None
+    } else {
+        // Tables made by the host are complete; zeroing them in the background would only cost.
+        mount(scratch, SCRATCH, "ext4", MountFlags::NOATIME, "noinit_itable")?;
+        let root = open(SCRATCH, OFlags::PATH | OFlags::DIRECTORY);
+        Some(root.map_err(|error| internal("open the scratch file system", error))?)
+    };
+    for directory in ["/scratch/upper", "/scratch/work"] {
+        make_directory(directory).map_err(|error| internal("make the overlay's directories", error))?;
+    }
+    mount("overlay", ROOT, "overlay", MountFlags::NODEV, OVERLAY)?;
+    enter(ROOT).map_err(|error| internal("enter the image's root", error))?;
+    Ok(held)
+}
+
+fn enter(root: &str) -> Result<(), Errno> {
+    rustix::process::chdir(root)?;
+    rustix::mount::mount_move(".", "/")?;
+    rustix::process::chroot(".")
+}
+
+/// Mounts what commands expect to find, /proc apart, which each PID namespace mounts for itself.
+pub(crate) fn system(read_only: bool) -> Result<(), Failed> {
+    let closed = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    for directory in ["/proc", "/sys", "/dev"] {
+        files::make_directories(directory).map_err(|error| internal(&format!("make {directory}"), error))?;
+    }
+    mount("sysfs", "/sys", "sysfs", closed | MountFlags::RDONLY, "")?;
+    // Writable for the guest's root: limits on its own processes are its own affair. The agent is in the root group,
+    // which has no limits and cannot be frozen.
+    optional("cgroup", "/sys/fs/cgroup", "cgroup2", closed, "nsdelegate")?;
+    devices().map_err(|error| internal("fill /dev", error))?;
+    mount(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        MountFlags::NOSUID | MountFlags::NOEXEC,
+        "ptmxmode=666,mode=620,gid=5",
+    )?;
+    mount("shm", "/dev/shm", "tmpfs", closed, "mode=1777")?;
+    optional("mqueue", "/dev/mqueue", "mqueue", closed, "")?;
+    if read_only {
+        for (directory, options) in [("/run", "mode=755"), ("/tmp", "mode=1777")] {
+            files::make_directories(directory)
+                .map_err(|error| internal(&format!("make {directory}"), error))?;
+            mount("tmpfs", directory, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, options)?;
+        }
+    }
+    Ok(())
+}
+
+fn devices() -> Result<(), Errno> {
+    let options = CString::new("mode=755,size=64k").map_err(|_| Errno::INVAL)?;
+    rustix::mount::mount(
+        "dev",
+        "/dev",
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NOEXEC,
+        options.as_c_str(),
+    )?;
+    for (path, (major, minor)) in DEVICES {
+        let mode = Mode::from_raw_mode(0o666);
+        rustix::fs::mknodat(CWD, path, FileType::CharacterDevice, mode, rustix::fs::makedev(major, minor))?;
+    }
+    for (target, path) in DEVICE_LINKS {
+        rustix::fs::symlink(target, path)?;
+    }
+    for directory in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
+        make_directory(directory)?;
+    }
+    Ok(())
+}
+
+/// Mounts /proc for the PID namespace of the calling process, in the root of all.
+pub(crate) fn proc() -> Result<(), Errno> {
+    let closed = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    rustix::mount::mount("proc", "/proc", "proc", closed, None)?;
+    for path in READ_ONLY_PROC {
+        match rustix::mount::mount_bind(path, path) {
+            // A kernel built without it.
+            Err(Errno::NOENT) => continue,
+            bound => bound?,
+        }
+        rustix::mount::mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | closed, "")?;
+    }
+    Ok(())
+}
+
+/// Takes away the /proc of a namespace that is gone.
+pub(crate) fn undo_proc() {
+    let _ = rustix::mount::unmount("/proc", UnmountFlags::DETACH);
+}
+
+/// Makes `volume` a mount of its own, with what the image has there. It stays writable when the root does not.
+pub(crate) fn volume(volume: &str) -> Result<(), Errno> {
+    files::make_directories(volume)?;
+    rustix::mount::mount_bind(volume, volume)
+}
+
+/// Makes the root read-only. The mounts below it are not touched.
+pub(crate) fn seal_root() -> Result<(), Failed> {
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NODEV;
+    rustix::mount::mount_remount("/", flags, "").map_err(|error| internal("make the root read-only", error))
+}
+
+/// Writes everything out and leaves the writable file system clean, when `scratch` is one that outlives the guest.
+pub(crate) fn settle(scratch: Option<&OwnedFd>) {
+    rustix::fs::sync();
+    // It cannot be unmounted, being the agent's own root; read-only it is as clean. Should a writer be left, it has
+    // just been synced, and its journal does the rest.
+    if let Some(scratch) = scratch {
+        let _ =
+            rustix::mount::fspick(scratch, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)
+                .and_then(|context| {
+                    rustix::mount::fsconfig_set_flag(&context, "ro")?;
+                    rustix::mount::fsconfig_reconfigure(&context)
+                });
+    }
+}
+
+/// Opens the directory in which terminals are made.
+pub(crate) fn terminals() -> Result<OwnedFd, Failed> {
+    open("/dev/pts", OFlags::PATH | OFlags::DIRECTORY).map_err(|error| internal("open /dev/pts", error))
+}
+
+/// Opens /dev/null.
+pub(crate) fn null() -> Result<OwnedFd, Failed> {
+    open("/dev/null", OFlags::RDWR).map_err(|error| internal("open /dev/null", error))
+}
+
+fn mount(source: &str, target: &str, kind: &str, flags: MountFlags, options: &str) -> Result<(), Failed> {
+    try_mount(source, target, kind, flags, options)
+        .map_err(|error| internal(&format!("mount {source} ({kind}) at {target}"), error))
+}
+
+/// Mounts what a guest can do without, when its kernel has no such file system.
+fn optional(source: &str, target: &str, kind: &str, flags: MountFlags, options: &str) -> Result<(), Failed> {
+    match try_mount(source, target, kind, flags, options) {
+        Ok(()) | Err(Errno::NODEV | Errno::NOENT) => Ok(()),
+        Err(error) => Err(internal(&format!("mount {kind} at {target}"), error)),
+    }
+}
+
+fn try_mount(source: &str, target: &str, kind: &str, flags: MountFlags, options: &str) -> Result<(), Errno> {
+    let options = CString::new(options).map_err(|_| Errno::INVAL)?;
+    rustix::mount::mount(source, target, kind, flags, options.as_c_str())
+}
+
+fn make_directory(path: &str) -> Result<(), Errno> {
+    match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn open(path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+}

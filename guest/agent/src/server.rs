@@ -1,0 +1,512 @@
+//! The agent at work: connections, the requests on them, and one loop that waits for all.
+//!
+//! ```text
+//!  accepted ──request──▶ answered ─────────────────────▶ closed
+//!     │                     ▲
+//!     └──exec──▶ running ───┴─ ended, output sent
+//!                   │ connection lost
+//!                   └──▶ abandoned ── process reaped ──▶ closed
+//! ```
+//!
+//! Every file is watched edge-triggered: an event is remembered as "may be ready" until a call says otherwise, so the
+//! loop makes no call to change what it waits for, and waits whenever nothing may be ready.
+
+use alloc::string::ToString as _;
+use alloc::vec::Vec;
+
+use kiln_protocol::frame::{self, Kind, ToAgent};
+use kiln_protocol::{Call, Done, Exec, Failed, Outcome, PowerOff, Reader, Reply, Setup, Started, Welcome};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+use rustix::time::Timespec;
+
+use crate::failure::{internal, invalid};
+use crate::listen::Listener;
+use crate::mounts;
+use crate::session::{Registrar, Session, Source, Violation, one_shot};
+use crate::workload::{Place, Workload};
+
+/// The most connections at a time; one more is closed at once.
+const MAX_CONNECTIONS: usize = 64;
+/// The most events taken at a time.
+const MAX_EVENTS: usize = 32;
+/// What a buffer may keep between uses.
+const KEPT_BYTES: usize = 80 << 10;
+/// The longest a power-off waits for processes before it kills them.
+const MAX_GRACE_MS: u64 = 10 * 60 * 1000;
+
+/// Event data that is no connection's.
+const LISTENER: u64 = u64::MAX;
+const REAPER: u64 = u64::MAX - 1;
+const GRACE: u64 = u64::MAX - 2;
+
+/// How a guest is made ready for commands; [`crate::setup::set_up`] in a guest.
+pub type SetUp = fn(&Setup) -> Result<Place, Failed>;
+
+/// The agent: answers requests until it is told to power off.
+pub struct Agent {
+    epoll: OwnedFd,
+    listener: Listener,
+    connections: Vec<Option<Connection>>,
+    set_up: SetUp,
+    workload: Option<Workload>,
+    stopping: Option<Stopping>,
+}
+
+/// A power-off under way.
+struct Stopping {
+    /// The connection that asked.
+    asked_by: usize,
+    /// When patience ends; `None` once it has.
+    grace: Option<OwnedFd>,
+}
+
+struct Connection {
+    socket: OwnedFd,
+    reader: Reader,
+    /// There may be something to read.
+    readable: bool,
+    /// The peer has closed its side: what is left ends with an end of file.
+    hung_up: bool,
+    /// The socket took all it was last given.
+    writable: bool,
+    /// The event loop tells when it takes more again.
+    watched: bool,
+    out: Vec<u8>,
+    /// How much of `out` has been sent.
+    sent: usize,
+    stage: Stage,
+}
+
+enum Stage {
+    /// The request has not come yet, or its answer is not known yet.
+    Asking,
+    /// A command runs.
+    Running(Session),
+    /// The peer is gone; the command has been killed and is to be reaped.
+    Abandoned(Session),
+    /// Everything is said; the connection closes when it is sent.
+    Answered,
+}
+
+/// What a connection does next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Waits for an event.
+    Wait,
+    /// Could go on at once.
+    Again,
+    /// Is over.
+    Close,
+}
+
+impl Agent {
+    /// An agent that listens on `listener` and makes the guest ready by `set_up`.
+    ///
+    /// # Errors
+    /// What epoll(7) reports.
+    pub fn new(listener: Listener, set_up: SetUp) -> Result<Self, Errno> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN | EventFlags::ET)?;
+        Ok(Self { epoll, listener, connections: Vec::new(), set_up, workload: None, stopping: None })
+    }
+
+    /// Serves until a power-off request has been carried out: no process is left then, and disks are clean.
+    ///
+    /// # Errors
+    /// When waiting for events fails, after which nothing can be served.
+    pub fn run(mut self) -> Result<(), Errno> {
+        let mut events = Vec::with_capacity(MAX_EVENTS);
+        let mut active: Vec<usize> = Vec::new();
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        loop {
+            let timeout = if active.is_empty() { None } else { Some(&at_once) };
+            events.clear();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+            for event in &events {
+                let (data, flags) = (event.data, event.flags);
+                match data.u64() {
+                    LISTENER => self.accept(),
+                    REAPER => self.workload.iter_mut().for_each(Workload::reap_reaper),
+                    GRACE => self.patience_ends(),
+                    data => {
+                        if let Some(slot) = self.happened(data, flags)
+                            && !active.contains(&slot)
+                        {
+                            active.push(slot);
+                        }
+                    }
+                }
+            }
+            active.retain(|slot| self.turn(*slot) == Next::Again);
+            if self.has_stopped() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match self.listener.accept() {
+                Ok(Some(socket)) => self.admit(socket),
+                // Not from the host, or gone again before it was accepted.
+                Ok(None) | Err(Errno::INTR | Errno::CONNABORTED) => {}
+                // AGAIN; and what else there is (no descriptor, no memory) is tried at the next connection.
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd) {
+        let slot = match self.connections.iter().position(Option::is_none) {
+            Some(slot) => slot,
+            None if self.connections.len() < MAX_CONNECTIONS => {
+                self.connections.push(None);
+                self.connections.len() - 1
+            }
+            None => return,
+        };
+        let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        if epoll::add(&self.epoll, &socket, data(slot, None), flags).is_ok() {
+            self.connections[slot] = Some(Connection::new(socket));
+        }
+    }
+
+    /// Takes note of an event; returns the connection it is about.
+    fn happened(&mut self, data: u64, flags: EventFlags) -> Option<usize> {
+        let slot = (data >> 8) as usize;
+        let connection = self.connections.get_mut(slot)?.as_mut()?;
+        match (source(data), &mut connection.stage) {
+            (None, _) => {
+                connection.readable |= flags.intersects(!EventFlags::OUT);
+                connection.hung_up |= flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
+                connection.writable |= flags.contains(EventFlags::OUT);
+            }
+            (Some(source), Stage::Running(session) | Stage::Abandoned(session)) => {
+                session.happened(source, flags);
+                if let (true, true, Some(workload)) =
+                    (session.has_ended(), session.is_first(), &mut self.workload)
+                {
+                    workload.first_has_ended();
+                }
+            }
+            (Some(_), Stage::Asking | Stage::Answered) => {}
+        }
+        Some(slot)
+    }
+
+    /// Does for one connection what can be done without waiting.
+    fn turn(&mut self, slot: usize) -> Next {
+        let Some(mut connection) = self.connections.get_mut(slot).and_then(Option::take) else {
+            return Next::Wait;
+        };
+        let next = self.serve(slot, &mut connection);
+        if next == Next::Close {
+            return self.closed(slot, connection);
+        }
+        self.connections[slot] = Some(connection);
+        next
+    }
+
+    fn closed(&mut self, slot: usize, mut connection: Connection) -> Next {
+        if let Stage::Running(mut session) = connection.stage {
+            session.abandon();
+            if session.has_ended() {
+                return Next::Wait;
+            }
+            connection.stage = Stage::Abandoned(session);
+            connection.readable = false;
+            self.connections[slot] = Some(connection);
+            return Next::Wait;
+        }
+        if let Some(stopping) = &mut self.stopping
+            && stopping.asked_by == slot
+        {
+            stopping.asked_by = usize::MAX;
+        }
+        Next::Wait
+    }
+
+    fn serve(&mut self, slot: usize, connection: &mut Connection) -> Next {
+        if let Stage::Abandoned(session) = &connection.stage {
+            return if session.has_ended() { Next::Close } else { Next::Wait };
+        }
+        if connection.receive().is_err() || self.take_frames(slot, connection).is_err() {
+            return Next::Close;
+        }
+        let mut more_output = false;
+        if let Stage::Running(session) = &mut connection.stage {
+            let files = |source| data(slot, Some(source));
+            let registrar = Registrar { epoll: self.epoll.as_fd(), data: &files };
+            more_output = session.advance(&mut connection.out, &registrar);
+            if let Some(exited) = session.outcome() {
+                frame::append_message(&mut connection.out, Kind::Exited, &exited);
+                connection.stage = Stage::Answered;
+            }
+        }
+        if connection.send(&self.epoll, slot).is_err() {
+            return Next::Close;
+        }
+        match connection.stage {
+            Stage::Answered if connection.out.is_empty() => Next::Close,
+            _ if connection.readable || (more_output && connection.out.is_empty()) => Next::Again,
+            _ => Next::Wait,
+        }
+    }
+
+    fn take_frames(&mut self, slot: usize, connection: &mut Connection) -> Result<(), Violation> {
+        // The reader is set aside so that a frame can be borrowed while the connection is changed.
+        let mut reader = core::mem::take(&mut connection.reader);
+        let taken = loop {
+            match reader.next_frame() {
+                Ok(None) => break Ok(()),
+                Ok(Some((kind, payload))) => {
+                    let Ok(frame) = ToAgent::decode(kind, payload) else { break Err(Violation) };
+                    if let Err(violation) = self.take(slot, connection, frame) {
+                        break Err(violation);
+                    }
+                }
+                Err(_) => break Err(Violation),
+            }
+        };
+        connection.reader = reader;
+        taken
+    }
+
+    fn take(
+        &mut self,
+        slot: usize,
+        connection: &mut Connection,
+        frame: ToAgent<'_>,
+    ) -> Result<(), Violation> {
+        match &mut connection.stage {
+            Stage::Asking => {
+                let asked_before = self.stopping.as_ref().is_some_and(|stopping| stopping.asked_by == slot);
+                let ToAgent::Request(request) = frame else { return Err(Violation) };
+                let call = request.call.filter(|_| !asked_before).ok_or(Violation)?;
+                self.call(slot, connection, call);
+            }
+            Stage::Running(session) => match frame {
+                ToAgent::Request(_) => return Err(Violation),
+                ToAgent::Stdin(bytes) => session.stdin(bytes)?,
+                ToAgent::StdinEnd => session.end_stdin(),
+                ToAgent::Signal(number) => session.signal(number),
+                ToAgent::Resize(size) => session.resize(size),
+                ToAgent::StdoutCredit(bytes) => session.grant(0, bytes),
+                ToAgent::StderrCredit(bytes) => session.grant(1, bytes),
+                ToAgent::StdoutClose => session.close_output(0),
+                ToAgent::StderrClose => session.close_output(1),
+            },
+            // What was under way when the command ended, or was never started.
+            Stage::Answered | Stage::Abandoned(_) => {}
+        }
+        Ok(())
+    }
+
+    fn call(&mut self, slot: usize, connection: &mut Connection, call: Call) {
+        let outcome = match call {
+            Call::Hello(_) => Ok(Outcome::Welcome(welcome())),
+            Call::Setup(setup) => self.set_up(&setup).map(|()| Outcome::Done(Done {})),
+            Call::Exec(exec) => self.exec(slot, exec).map(|(session, pid)| {
+                connection.stage = Stage::Running(session);
+                Outcome::Started(Started { pid })
+            }),
+            Call::PowerOff(power_off) => match self.stop(slot, &power_off) {
+                Ok(()) => return,
+                Err(failed) => Err(failed),
+            },
+        };
+        connection.answer(outcome.unwrap_or_else(Outcome::Failed));
+    }
+
+    fn set_up(&mut self, setup: &Setup) -> Result<(), Failed> {
+        if self.workload.is_some() || self.stopping.is_some() {
+            return Err(invalid("the guest has been set up already".into()));
+        }
+        let workload = Workload::new((self.set_up)(setup)?)?;
+        if let Some(reaper) = workload.reaper() {
+            epoll::add(&self.epoll, reaper, EventData::new_u64(REAPER), EventFlags::IN | EventFlags::ET)
+                .map_err(|error| internal("watch the reaper", error))?;
+        }
+        self.workload = Some(workload);
+        Ok(())
+    }
+
+    fn exec(&mut self, slot: usize, exec: Exec) -> Result<(Session, u32), Failed> {
+        if self.stopping.is_some() {
+            return Err(invalid("the guest is powering off".into()));
+        }
+        let first = self.connections.iter().flatten().find_map(|connection| match &connection.stage {
+            Stage::Running(session) | Stage::Abandoned(session) if session.is_first() => session.process(),
+            _ => None,
+        });
+        let workload =
+            self.workload.as_mut().ok_or_else(|| invalid("the guest has not been set up".into()))?;
+        let timeout_ms = exec.timeout_ms;
+        let running = workload.start(exec, first)?;
+        let pid = running.child.inner_pid;
+        let files = |source| data(slot, Some(source));
+        let registrar = Registrar { epoll: self.epoll.as_fd(), data: &files };
+        match Session::new(running, timeout_ms, &registrar) {
+            Ok(session) => Ok((session, pid)),
+            Err((running, error)) => {
+                let _ = crate::sys::signal(running.child.pid, !running.is_first, crate::workload::SIGKILL);
+                let _ = crate::sys::reap(running.child.pid, true);
+                if running.is_first {
+                    workload.first_has_ended();
+                }
+                Err(internal("watch the command", error))
+            }
+        }
+    }
+
+    /// Begins to power off: processes are asked to end, and killed when the grace period is over.
+    fn stop(&mut self, slot: usize, power_off: &PowerOff) -> Result<(), Failed> {
+        if self.stopping.is_some() {
+            return Err(invalid("the guest is powering off already".into()));
+        }
+        self.stopping = Some(Stopping { asked_by: slot, grace: None });
+        let Some(workload) = &self.workload else { return Ok(()) };
+        let timer = match power_off.grace_ms.min(MAX_GRACE_MS) {
+            0 => None,
+            grace_ms => one_shot(grace_ms).ok().filter(|timer| {
+                epoll::add(&self.epoll, timer, EventData::new_u64(GRACE), EventFlags::IN | EventFlags::ET)
+                    .is_ok()
+            }),
+        };
+        match &timer {
+            Some(_) => workload.ask_to_end(),
+            None => workload.end(),
+        }
+        self.stopping = Some(Stopping { asked_by: slot, grace: timer });
+        Ok(())
+    }
+
+    fn patience_ends(&mut self) {
+        if let (Some(stopping), Some(workload)) = (&mut self.stopping, &self.workload) {
+            stopping.grace = None;
+            workload.end();
+        }
+    }
+
+    /// Ends the power-off once no process is left.
+    fn has_stopped(&mut self) -> bool {
+        let Some(stopping) = &self.stopping else { return false };
+        if self.workload.as_ref().is_some_and(|workload| !workload.is_empty()) {
+            return false;
+        }
+        if let Some(Some(connection)) = self.connections.get_mut(stopping.asked_by) {
+            connection.answer(Outcome::Done(Done {}));
+            // Best effort: what ends the machine is seen by the host in any case.
+            let _ = connection.send(&self.epoll, stopping.asked_by);
+        }
+        mounts::settle(self.workload.as_ref().and_then(|workload| workload.place.scratch.as_ref()));
+        true
+    }
+}
+
+impl Connection {
+    fn new(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            reader: Reader::default(),
+            readable: false,
+            hung_up: false,
+            writable: true,
+            watched: false,
+            out: Vec::new(),
+            sent: 0,
+            stage: Stage::Asking,
+        }
+    }
+
+    /// Reads once, as much as there is room for.
+    fn receive(&mut self) -> Result<(), Violation> {
+        if !self.readable {
+            return Ok(());
+        }
+        let space = self.reader.space();
+        let room = space.len();
+        match rustix::io::read(&self.socket, space) {
+            Ok(0) => Err(Violation),
+            Ok(bytes) => {
+                self.reader.filled(bytes);
+                // A short read emptied the socket; epoll(7), question 9.
+                self.readable = bytes == room || self.hung_up;
+                Ok(())
+            }
+            Err(Errno::AGAIN) => {
+                self.readable = false;
+                Ok(())
+            }
+            Err(Errno::INTR) => Ok(()),
+            Err(_) => Err(Violation),
+        }
+    }
+
+    fn answer(&mut self, outcome: Outcome) {
+        if !matches!(outcome, Outcome::Started(_)) {
+            self.stage = Stage::Answered;
+        }
+        frame::append_message(&mut self.out, Kind::Reply, &Reply { outcome: Some(outcome) });
+    }
+
+    /// Sends what waits, as far as the socket takes it.
+    fn send(&mut self, epoll: impl AsFd, slot: usize) -> Result<(), Violation> {
+        while self.writable && self.sent < self.out.len() {
+            match rustix::net::send(&self.socket, &self.out[self.sent..], SendFlags::NOSIGNAL) {
+                Ok(bytes) => self.sent += bytes,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    self.writable = false;
+                    if !self.watched {
+                        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+                        epoll::modify(&epoll, &self.socket, data(slot, None), flags)
+                            .map_err(|_| Violation)?;
+                        self.watched = true;
+                    }
+                }
+                Err(_) => return Err(Violation),
+            }
+        }
+        if self.sent == self.out.len() {
+            self.sent = 0;
+            self.out.clear();
+            self.out.shrink_to(KEPT_BYTES);
+        }
+        Ok(())
+    }
+}
+
+fn welcome() -> Welcome {
+    let kernel = rustix::system::uname().release().to_string_lossy().to_string();
+    Welcome { version: env!("CARGO_PKG_VERSION").to_string(), kernel }
+}
+
+fn data(slot: usize, source: Option<Source>) -> EventData {
+    let source = match source {
+        None => 0,
+        Some(Source::Child) => 1,
+        Some(Source::Timer) => 2,
+        Some(Source::Stdin) => 3,
+        Some(Source::Stdout) => 4,
+        Some(Source::Stderr) => 5,
+    };
+    EventData::new_u64((slot as u64) << 8 | source)
+}
+
+fn source(data: u64) -> Option<Source> {
+    Some(match data & 0xff {
+        1 => Source::Child,
+        2 => Source::Timer,
+        3 => Source::Stdin,
+        4 => Source::Stdout,
+        5 => Source::Stderr,
+        _ => return None,
+    })
+}

@@ -1,0 +1,324 @@
+//! Starting and reaping children.
+//!
+//! A child shares the agent's memory, and the agent waits, until the child executes its program or gives up
+//! (`CLONE_VM | CLONE_VFORK`, clone(2)). So starting a command copies no page table and leaves no page to be copied
+//! later, and a failure is reported by writing it where the agent looks: nothing can lose it. Between clone and exec
+//! the child makes system calls only, with arguments the agent prepared: it allocates nothing and takes no lock.
+
+use alloc::boxed::Box;
+use alloc::ffi::CString;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ffi::{CStr, c_char, c_void};
+use core::ptr::{null, null_mut};
+
+use rustix::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use rustix::fs::{Gid, Uid};
+use rustix::io::Errno;
+use rustix::process::Pid;
+
+use super::arch::{self, syscall};
+
+const CLONE_VM: usize = 0x100;
+const CLONE_PIDFD: usize = 0x1000;
+const CLONE_VFORK: usize = 0x4000;
+const CLONE_NEWPID: usize = 0x2000_0000;
+const SIGTERM: usize = 15;
+const SIGCHLD: usize = 17;
+
+/// What a child's stack may take between clone and exec: a few frames and a copy of a path.
+const STACK_BYTES: usize = 32 << 10;
+
+/// A command made ready to start: nothing is left to look up or to allocate.
+pub struct Start<'a> {
+    /// stdin, stdout and stderr; none of them may be 0, 1 or 2 itself.
+    pub stdio: [BorrowedFd<'a>; 3],
+    /// stdin is a terminal, which becomes the session's own.
+    pub terminal: bool,
+    /// Run first, as the child, in its namespace.
+    pub prepare: Option<fn() -> Result<(), Errno>>,
+    /// All its groups.
+    pub groups: &'a [Gid],
+    /// The group it runs as.
+    pub gid: Gid,
+    /// The user it runs as.
+    pub uid: Uid,
+    /// Where it runs.
+    pub directory: &'a CStr,
+    /// The files to try, in order.
+    pub programs: &'a [CString],
+    /// Its arguments, the name first.
+    pub arguments: &'a [CString],
+    /// Its environment.
+    pub environment: &'a [CString],
+}
+
+/// What a child was doing when it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The child could not be made.
+    Clone,
+    /// [`Start::prepare`].
+    Prepare,
+    /// Its session, terminal and streams.
+    Streams,
+    /// Its working directory.
+    Directory,
+    /// Its user and groups.
+    Identity,
+    /// Its program.
+    Exec,
+}
+
+/// Why a command did not start.
+pub type Failure = (Stage, Errno);
+
+/// A child that has not been reaped.
+pub struct Child {
+    /// Its id as the agent sees it; the id of its process group and session too.
+    pub pid: Pid,
+    /// Its id in its own namespace.
+    pub inner_pid: u32,
+    /// Readable when it has ended.
+    pub pidfd: OwnedFd,
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit code, when it exited by itself.
+    pub code: u8,
+    /// The signal that ended it, or 0.
+    pub signal: u8,
+    /// The most memory it, or a child it waited for, had resident, in KiB.
+    pub peak_rss_kib: u64,
+}
+
+struct Context<'a> {
+    start: &'a Start<'a>,
+    argv: Vec<*const c_char>,
+    envp: Vec<*const c_char>,
+    /// What the child reports.
+    inner_pid: u32,
+    failure: Option<Failure>,
+}
+
+/// Starts a command; returns once it executes its program.
+///
+/// With `new_namespace` it becomes process 1 of a PID namespace of its own, otherwise of the one the agent's children
+/// go to.
+///
+/// # Errors
+/// What failed and how; the child is gone then.
+pub fn start(start: &Start<'_>, new_namespace: bool) -> Result<Child, Failure> {
+    let mut context = Context {
+        start,
+        argv: pointers(start.arguments),
+        envp: pointers(start.environment),
+        inner_pid: 0,
+        failure: None,
+    };
+    let namespace = if new_namespace { CLONE_NEWPID } else { 0 };
+    let mut child = clone(CLONE_VM | CLONE_VFORK | namespace, run_command, (&raw mut context).cast())
+        .map_err(|error| (Stage::Clone, error))?;
+    match context.failure {
+        None => {
+            child.inner_pid = context.inner_pid;
+            Ok(child)
+        }
+        Some(failure) => {
+            // It exits at once; its status says nothing that `failure` does not.
+            let _ = reap(child.pid, true);
+            Err(failure)
+        }
+    }
+}
+
+/// Starts process 1 of a new PID namespace: it collects the orphans there and, told to stop by SIGTERM from the agent,
+/// hands SIGTERM on to all and ends when they have.
+///
+/// # Errors
+/// What clone(2) reports.
+pub fn start_reaper() -> Result<Child, Errno> {
+    clone(CLONE_NEWPID, run_reaper, null_mut())
+}
+
+/// Takes the status of `child` when it has ended, or waits for that.
+///
+/// # Errors
+/// `CHILD` when there is no such child.
+pub fn reap(child: Pid, wait: bool) -> Result<Option<Ended>, Errno> {
+    const WNOHANG: usize = 1;
+    /// Where `ru_maxrss` is in `struct rusage`, which is 18 words.
+    const MAXRSS: usize = 4;
+    let (mut status, mut usage) = (0_u32, [0_u64; 18]);
+    let pid = child.as_raw_nonzero().get() as usize;
+    let arguments = [
+        pid,
+        (&raw mut status).expose_provenance(),
+        if wait { 0 } else { WNOHANG },
+        (&raw mut usage).expose_provenance(),
+        0,
+    ];
+    loop {
+        // SAFETY: wait4 writes an int and a struct rusage, for which there is room.
+        match unsafe { syscall(arch::WAIT4, arguments) } {
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+            Ok(0) => return Ok(None),
+            Ok(_) => break,
+        }
+    }
+    // wait(2): the low 7 bits are the signal, the next byte the exit code.
+    let (signal, code) = ((status & 0x7f) as u8, (status >> 8) as u8);
+    Ok(Some(Ended { code: if signal == 0 { code } else { 0 }, signal, peak_rss_kib: usage[MAXRSS] }))
+}
+
+/// Sends a signal to a child, or with `group` to the process group it leads.
+///
+/// # Errors
+/// `SRCH` when nobody is there, `INVAL` for a number that is no signal.
+pub fn signal(child: Pid, group: bool, number: u32) -> Result<(), Errno> {
+    let pid = child.as_raw_nonzero().get() as isize;
+    let target = if group { -pid } else { pid };
+    // SAFETY: kill takes numbers.
+    unsafe { syscall(arch::KILL, [target as usize, number as usize, 0, 0, 0]) }.map(|_| ())
+}
+
+fn clone(flags: usize, run: extern "C" fn(*mut c_void) -> !, argument: *mut c_void) -> Result<Child, Errno> {
+    let mut stack: Box<[u128]> = vec![0; STACK_BYTES / size_of::<u128>()].into_boxed_slice();
+    let stack_end = stack.as_mut_ptr_range().end.cast();
+    let mut pidfd = -1;
+    // SAFETY: `run` is one of ours, none of which returns. With CLONE_VM there is CLONE_VFORK too (`start`), so the
+    // stack and what `argument` points to outlive the child's use of them; without, it has copies.
+    let pid =
+        unsafe { arch::clone(flags | CLONE_PIDFD | SIGCHLD, stack_end, &raw mut pidfd, run, argument) }?;
+    let pid = Pid::from_raw(pid as i32).ok_or(Errno::CHILD)?;
+    // SAFETY: clone has just made this descriptor for us alone.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Child { pid, inner_pid: 1, pidfd })
+}
+
+extern "C" fn run_command(context: *mut c_void) -> ! {
+    // SAFETY: `start` passed a `Context` and does not run before this child is done.
+    let context = unsafe { &mut *context.cast::<Context<'_>>() };
+    let failure = become_command(context);
+    context.failure = Some(failure);
+    exit(1)
+}
+
+/// Does all a command needs done in its own process, and executes it; returns only what failed.
+fn become_command(context: &mut Context<'_>) -> Failure {
+    let start = context.start;
+    let prepared = (|| {
+        if let Some(prepare) = start.prepare {
+            prepare().map_err(|error| (Stage::Prepare, error))?;
+        }
+        context.inner_pid = streams(start).map_err(|error| (Stage::Streams, error))?;
+        // As root, as a container runtime does, so that a directory closed to the user can be worked in.
+        rustix::process::chdir(start.directory).map_err(|error| (Stage::Directory, error))?;
+        identity(start).map_err(|error| (Stage::Identity, error))
+    })();
+    match prepared {
+        Err(failure) => failure,
+        Ok(()) => (Stage::Exec, execute(context)),
+    }
+}
+
+/// Makes the child a session of its own, whose id in its namespace is returned, with the streams it was given.
+fn streams(start: &Start<'_>) -> Result<u32, Errno> {
+    let session = rustix::process::setsid()?;
+    let [stdin, stdout, stderr] = start.stdio;
+    if start.terminal {
+        rustix::process::ioctl_tiocsctty(stdin)?;
+    }
+    rustix::stdio::dup2_stdin(stdin)?;
+    rustix::stdio::dup2_stdout(stdout)?;
+    rustix::stdio::dup2_stderr(stderr)?;
+    Ok(session.as_raw_nonzero().get() as u32)
+}
+
+/// Takes the user's identity. The capabilities need no call: leaving user 0 clears them, and for user 0 exec grants
+/// what the bounding set holds, which the agent has cut down already.
+fn identity(start: &Start<'_>) -> Result<(), Errno> {
+    rustix::thread::set_thread_groups(start.groups)?;
+    if start.gid != Gid::ROOT {
+        rustix::thread::set_thread_res_gid(start.gid, start.gid, start.gid)?;
+    }
+    if start.uid != Uid::ROOT {
+        rustix::thread::set_thread_res_uid(start.uid, start.uid, start.uid)?;
+    }
+    Ok(())
+}
+
+/// Executes the first program that is there; one that may not be executed counts only when no other is there.
+fn execute(context: &Context<'_>) -> Errno {
+    let mut failure = Errno::NOENT;
+    for program in context.start.programs {
+        let arguments = [
+            program.as_ptr().expose_provenance(),
+            context.argv.as_ptr().expose_provenance(),
+            context.envp.as_ptr().expose_provenance(),
+            0,
+            0,
+        ];
+        // SAFETY: a C string and two arrays of C strings that end in a null pointer, all alive until this succeeds.
+        match unsafe { syscall(arch::EXECVE, arguments) } {
+            Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Err(Errno::ACCESS) => failure = Errno::ACCESS,
+            Err(error) => return error,
+        }
+    }
+    failure
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([null()]).collect()
+}
+
+extern "C" fn run_reaper(_: *mut c_void) -> ! {
+    /// Ignoring SIGCHLD makes the kernel reap every child at once: orphans cost this process no instruction.
+    static IGNORE: [usize; 4] = [1, 0, 0, 0];
+    static TERMINATE: u64 = 1 << (SIGTERM - 1);
+    const SET_BYTES: usize = size_of::<u64>();
+    const SIG_BLOCK: usize = 0;
+    let (ignore, terminate) =
+        ((&raw const IGNORE).expose_provenance(), (&raw const TERMINATE).expose_provenance());
+    // None of these fails for such arguments; and if one did, nothing here could mend it.
+    for (number, arguments) in [
+        (arch::CLOSE_RANGE, [0, u32::MAX as usize, 0, 0, 0]),
+        (arch::RT_SIGACTION, [SIGCHLD, ignore, 0, SET_BYTES, 0]),
+        (arch::RT_SIGPROCMASK, [SIG_BLOCK, terminate, 0, SET_BYTES, 0]),
+    ] {
+        // SAFETY: the kernel reads the two statics, of the sizes it expects. No descriptor is used after.
+        let _ = unsafe { syscall(number, arguments) };
+    }
+    while !stop_is_asked_for(terminate, SET_BYTES) {}
+    // SAFETY: kill takes numbers; -1 is every process of this namespace but this one.
+    let _ = unsafe { syscall(arch::KILL, [usize::MAX, SIGTERM, 0, 0, 0]) };
+    // SAFETY: wait4 takes null pointers for what is not wanted. It fails when no child is left.
+    while unsafe { syscall(arch::WAIT4, [usize::MAX, 0, 0, 0, 0]) }.is_ok() {}
+    exit(0)
+}
+
+/// Waits for SIGTERM; whether it came from the agent, which is outside of the namespace and so has no id here.
+fn stop_is_asked_for(set: usize, set_bytes: usize) -> bool {
+    const SI_USER: u32 = 0;
+    /// Where `si_code` and `si_pid` are in `siginfo_t`, which is 32 words of 32 bits.
+    const CODE: usize = 2;
+    const SENDER: usize = 4;
+    let mut info = [0_u32; 32];
+    // SAFETY: the kernel reads a signal set and writes a siginfo_t, for which there is room.
+    let waited = unsafe {
+        syscall(arch::RT_SIGTIMEDWAIT, [set, (&raw mut info).expose_provenance(), 0, set_bytes, 0])
+    };
+    waited == Ok(SIGTERM) && info[CODE] == SI_USER && info[SENDER] == 0
+}
+
+/// Ends this process, not the agent.
+fn exit(code: usize) -> ! {
+    loop {
+        // SAFETY: exit_group takes a number and does not return.
+        let _ = unsafe { syscall(arch::EXIT_GROUP, [code, 0, 0, 0, 0]) };
+    }
+}

@@ -1,0 +1,370 @@
+//! The processes of the guest that are not the agent: one PID namespace, and who is process 1 in it.
+//!
+//! The agent is process 1 of the machine, outside of that namespace: nothing in the guest can see it, signal it or
+//! look into it. It shares its mount namespace, whose root is the image, with the commands, so that starting one takes
+//! no call for it and every path the agent looks up ends inside the image.
+//!
+//! As with `docker run`, the first command is process 1 of the namespace: it costs nothing, images that insist on it
+//! (s6, runit) run, and when it ends the kernel ends all others. A guest that outlives its commands asks for a reaper
+//! instead, as with `docker run --init`.
+
+use alloc::format;
+use alloc::rc::Rc;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::cell::Cell;
+
+use kiln_protocol::{Exec, Failed, WindowSize};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
+use rustix::process::Pid;
+use rustix::pty::OpenptFlags;
+use rustix::termios::Winsize;
+use rustix::thread::ThreadNameSpaceType;
+
+use crate::command::Command;
+use crate::failure::{internal, invalid, text};
+use crate::sys::{self, Child, Stage, Start};
+use crate::{files, mounts};
+
+/// SIGTERM, which every process has the time to act on.
+pub(crate) const SIGTERM: u32 = 15;
+/// SIGKILL, which none has.
+pub(crate) const SIGKILL: u32 = 9;
+
+/// Where commands run: what set-up leaves behind.
+pub struct Place {
+    /// /dev/null, opened before any command could put something else there.
+    pub null: OwnedFd,
+    /// The directory of the devpts in which terminals are made.
+    pub terminals: OwnedFd,
+    /// The host name, for HOSTNAME.
+    pub hostname: String,
+    /// The root of the writable file system, to be made clean at power-off.
+    pub scratch: Option<OwnedFd>,
+    /// Process 1 is a reaper of ours.
+    pub reaper: bool,
+}
+
+/// The commands' namespace and its process 1.
+pub(crate) struct Workload {
+    pub(crate) place: Place,
+    first: First,
+    /// New children of the agent go to the namespace.
+    entered: bool,
+    /// The namespace has its own /proc.
+    proc_mounted: Cell<bool>,
+}
+
+/// Process 1 of the namespace.
+enum First {
+    Missing,
+    Reaper(Child),
+    /// A command; its session has the child.
+    Command(Pid),
+    Ended,
+}
+
+/// A command that runs, and our ends of its streams.
+pub(crate) struct Running {
+    pub(crate) child: Child,
+    /// It is process 1 of its namespace.
+    pub(crate) is_first: bool,
+    pub(crate) streams: Streams,
+}
+
+/// The agent's ends of a command's streams.
+pub(crate) struct Streams {
+    /// All is one terminal, of which this is the agent's side.
+    pub(crate) terminal: bool,
+    pub(crate) stdin: Option<Rc<OwnedFd>>,
+    pub(crate) stdout: Option<Rc<OwnedFd>>,
+    pub(crate) stderr: Option<Rc<OwnedFd>>,
+}
+
+/// The command's ends. Without a stdin it is /dev/null, without stdout the same as stdin, without stderr as stdout.
+struct Theirs {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+}
+
+impl Workload {
+    /// A namespace for commands, with its reaper when the place wants one.
+    pub(crate) fn new(place: Place) -> Result<Self, Failed> {
+        let mut workload =
+            Self { place, first: First::Missing, entered: false, proc_mounted: Cell::new(false) };
+        if workload.place.reaper {
+            let reaper = sys::start_reaper().map_err(|error| internal("start the reaper", error))?;
+            workload.enter(reaper.pidfd.as_fd())?;
+            workload.first = First::Reaper(reaper);
+        }
+        Ok(workload)
+    }
+
+    /// The reaper's end is readable here.
+    pub(crate) fn reaper(&self) -> Option<BorrowedFd<'_>> {
+        match &self.first {
+            First::Reaper(child) => Some(child.pidfd.as_fd()),
+            _ => None,
+        }
+    }
+
+    /// Starts a command; `first` is the process file descriptor of the command that is process 1, when one is.
+    pub(crate) fn start(&mut self, exec: Exec, first: Option<BorrowedFd<'_>>) -> Result<Running, Failed> {
+        let is_first = match self.first {
+            First::Missing => true,
+            First::Ended => {
+                return Err(invalid(
+                    "the guest's first command has ended, and all its processes with it".into(),
+                ));
+            }
+            First::Reaper(_) | First::Command(_) => false,
+        };
+        if !is_first && !self.entered {
+            let first = first.ok_or_else(|| invalid("the guest's first command is gone".into()))?;
+            self.enter(first)?;
+        }
+        let (tty, stdin) = (exec.tty, exec.stdin);
+        let command = Command::prepare(exec, &self.place.hostname)?;
+        let uid = Uid::from_raw(command.identity.uid);
+        let made = match tty {
+            Some(size) => self.terminal(uid, size),
+            None => pipes(uid, stdin),
+        };
+        let (streams, theirs) = made.map_err(|error| internal("make the command's streams", error))?;
+        let child = self.spawn(&command, is_first, tty.is_some(), &theirs)?;
+        if is_first {
+            self.first = First::Command(child.pid);
+        }
+        Ok(Running { child, is_first, streams })
+    }
+
+    fn spawn(
+        &self,
+        command: &Command,
+        is_first: bool,
+        terminal: bool,
+        theirs: &Theirs,
+    ) -> Result<Child, Failed> {
+        let groups: Vec<Gid> = command.identity.groups.iter().copied().map(Gid::from_raw).collect();
+        let stdin = theirs.stdin.as_ref().unwrap_or(&self.place.null);
+        let stdout = theirs.stdout.as_ref().unwrap_or(stdin);
+        let stderr = theirs.stderr.as_ref().unwrap_or(stdout);
+        let start = Start {
+            stdio: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+            terminal,
+            prepare: (!self.proc_mounted.get()).then_some(mounts::proc as fn() -> Result<(), Errno>),
+            groups: &groups,
+            gid: Gid::from_raw(command.identity.gid),
+            uid: Uid::from_raw(command.identity.uid),
+            directory: &command.directory,
+            programs: &command.programs,
+            arguments: &command.arguments,
+            environment: &command.environment,
+        };
+        let mut started = sys::start(&start, is_first);
+        if matches!(started, Err((Stage::Directory, Errno::NOENT))) {
+            self.undo_prepare(is_first, Stage::Directory);
+            let directory = command.directory.to_string_lossy();
+            files::make_directories(&directory).map_err(|error| {
+                invalid(format!("cannot make the working directory {directory}: {}", text(error)))
+            })?;
+            started = sys::start(&start, is_first);
+        }
+        match started {
+            Ok(child) => {
+                self.proc_mounted.set(true);
+                Ok(child)
+            }
+            Err(failure) => {
+                self.undo_prepare(is_first, failure.0);
+                Err(command.explain(failure))
+            }
+        }
+    }
+
+    /// Takes back what a command that failed at `stage` had mounted: the /proc of a namespace that ended with it. In
+    /// a namespace that goes on, it stays.
+    fn undo_prepare(&self, is_first: bool, stage: Stage) {
+        if self.proc_mounted.get() || matches!(stage, Stage::Clone | Stage::Prepare) {
+            return;
+        }
+        if is_first {
+            mounts::undo_proc();
+        } else {
+            self.proc_mounted.set(true);
+        }
+    }
+
+    fn terminal(&self, uid: Uid, size: WindowSize) -> Result<(Streams, Theirs), Errno> {
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let ours = rustix::fs::openat(&self.place.terminals, "ptmx", flags, Mode::empty())?;
+        rustix::pty::unlockpt(&ours)?;
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let stdin = rustix::pty::ioctl_tiocgptpeer(&ours, flags)?;
+        resize(&ours, size)?;
+        give(&stdin, uid)?;
+        let ours = Rc::new(ours);
+        let streams =
+            Streams { terminal: true, stdin: Some(Rc::clone(&ours)), stdout: Some(ours), stderr: None };
+        Ok((streams, Theirs { stdin: Some(stdin), stdout: None, stderr: None }))
+    }
+
+    fn enter(&mut self, first: BorrowedFd<'_>) -> Result<(), Failed> {
+        // A namespace whose process 1 has just ended is refused here; nothing started then.
+        rustix::thread::move_into_thread_name_spaces(first, ThreadNameSpaceType::PROCESS_ID)
+            .map_err(|error| internal("enter the commands' namespace", error))?;
+        self.entered = true;
+        Ok(())
+    }
+
+    /// Says that the command that was process 1 has been reaped.
+    pub(crate) fn first_has_ended(&mut self) {
+        self.first = First::Ended;
+    }
+
+    /// Reaps the reaper, if it has ended.
+    pub(crate) fn reap_reaper(&mut self) {
+        if let First::Reaper(child) = &self.first
+            && !matches!(sys::reap(child.pid, false), Ok(None))
+        {
+            self.first = First::Ended;
+        }
+    }
+
+    /// Whether no process is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        matches!(self.first, First::Missing | First::Ended)
+    }
+
+    /// Asks every process to end: the command that is process 1, as `docker stop` does, or all through the reaper.
+    pub(crate) fn ask_to_end(&self) {
+        match &self.first {
+            First::Command(pid) => {
+                deliver(*pid, true, false, SIGTERM);
+            }
+            First::Reaper(child) => {
+                let _ = sys::signal(child.pid, false, SIGTERM);
+            }
+            First::Missing | First::Ended => {}
+        }
+    }
+
+    /// Ends every process: the kernel kills a namespace with its process 1.
+    pub(crate) fn end(&self) {
+        if let First::Command(pid) | First::Reaper(Child { pid, .. }) = &self.first {
+            let _ = sys::signal(*pid, false, SIGKILL);
+        }
+    }
+}
+
+/// Sends a signal to process 1 of the namespace (`is_first`) or another command; returns whether SIGKILL had to stand
+/// in for it.
+///
+/// The kernel drops a signal to a process 1 that has set up nothing for it, which makes Ctrl-C of `docker run sleep`
+/// useless. Here the signal does what it would do to any other process.
+pub(crate) fn deliver(pid: Pid, is_first: bool, group: bool, number: u32) -> bool {
+    let _ = sys::signal(pid, group, number);
+    if is_first
+        && ends_a_process(number)
+        && files::read("/proc/1/status").is_ok_and(|status| drops(&status, number))
+    {
+        let _ = sys::signal(pid, false, SIGKILL);
+        return true;
+    }
+    false
+}
+
+/// Whether the default action of a signal is to end the process. Linux man page signal(7).
+fn ends_a_process(number: u32) -> bool {
+    /// CHLD, CONT, STOP, TSTP, TTIN, TTOU, URG, WINCH; KILL needs no help.
+    const OTHERS: [u32; 9] = [SIGKILL, 17, 18, 19, 20, 21, 22, 23, 28];
+    !OTHERS.contains(&number)
+}
+
+/// Whether a process with this /proc/PID/status neither catches nor ignores nor blocks a signal: process 1 then never
+/// sees it.
+fn drops(status: &[u8], number: u32) -> bool {
+    let bit = 1_u64.checked_shl(number.wrapping_sub(1)).unwrap_or(0);
+    ["SigBlk:", "SigIgn:", "SigCgt:"].iter().all(|name| {
+        status
+            .split(|byte| *byte == b'\n')
+            .find_map(|line| line.strip_prefix(name.as_bytes()))
+            .and_then(|mask| core::str::from_utf8(mask).ok())
+            .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+            .is_some_and(|mask| mask & bit == 0)
+    })
+}
+
+/// Sets a terminal's size; sizes are 16 bits.
+pub(crate) fn resize(terminal: impl AsFd, size: WindowSize) -> Result<(), Errno> {
+    let small = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
+    let size = Winsize { ws_row: small(size.rows), ws_col: small(size.columns), ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(terminal, size)
+}
+
+fn pipes(uid: Uid, stdin: bool) -> Result<(Streams, Theirs), Errno> {
+    let (our_stdin, their_stdin) = if stdin {
+        let (theirs, ours) = pipe(uid)?;
+        rustix::fs::fcntl_setfl(&ours, OFlags::NONBLOCK)?;
+        (Some(Rc::new(ours)), Some(theirs))
+    } else {
+        (None, None)
+    };
+    let (our_stdout, their_stdout) = pipe(uid)?;
+    let (our_stderr, their_stderr) = pipe(uid)?;
+    for ours in [&our_stdout, &our_stderr] {
+        rustix::fs::fcntl_setfl(ours, OFlags::NONBLOCK)?;
+    }
+    let streams = Streams {
+        terminal: false,
+        stdin: our_stdin,
+        stdout: Some(Rc::new(our_stdout)),
+        stderr: Some(Rc::new(our_stderr)),
+    };
+    Ok((streams, Theirs { stdin: their_stdin, stdout: Some(their_stdout), stderr: Some(their_stderr) }))
+}
+
+/// A pipe whose reading end comes first, and which its user may open again by /dev/stdout and the like.
+fn pipe(uid: Uid) -> Result<(OwnedFd, OwnedFd), Errno> {
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    give(&read, uid)?;
+    Ok((read, write))
+}
+
+fn give(stream: &OwnedFd, uid: Uid) -> Result<(), Errno> {
+    if uid == Uid::ROOT { Ok(()) } else { rustix::fs::fchown(stream, Some(uid), None) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(blocked: u64, ignored: u64, caught: u64) -> String {
+        format!(
+            "Name:\tx\nSigPnd:\t{:016x}\nSigBlk:\t{blocked:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{caught:016x}\n",
+            !0_u64
+        )
+    }
+
+    #[test]
+    fn process_1_drops_only_what_it_has_set_up_nothing_for() {
+        let term = 1 << (SIGTERM - 1);
+        assert!(drops(status(0, 0, 0).as_bytes(), SIGTERM));
+        assert!(drops(status(!term, !term, !term).as_bytes(), SIGTERM));
+        assert!(!drops(status(term, 0, 0).as_bytes(), SIGTERM));
+        assert!(!drops(status(0, term, 0).as_bytes(), SIGTERM));
+        assert!(!drops(status(0, 0, term).as_bytes(), SIGTERM));
+        assert!(!drops(b"", SIGTERM));
+        assert!(!drops(b"SigBlk:\tx\nSigIgn:\t0\nSigCgt:\t0\n", SIGTERM));
+    }
+
+    #[test]
+    fn stopping_and_telling_signals_do_not_end_a_process() {
+        assert!([1, 2, 3, 6, 10, 12, 13, 14, 15, 34, 64].into_iter().all(ends_a_process));
+        assert!(![9, 17, 18, 19, 20, 21, 22, 23, 28].into_iter().any(ends_a_process));
+    }
+}
