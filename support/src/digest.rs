@@ -169,7 +169,7 @@ impl<R> HashingReader<R> {
     }
 
     /// How many bytes passed.
-    pub fn bytes(&self) -> u64 {
+    pub fn passed(&self) -> u64 {
         self.hasher.bytes()
     }
 
@@ -201,7 +201,7 @@ impl<W> HashingWriter<W> {
     }
 
     /// How many bytes passed.
-    pub fn bytes(&self) -> u64 {
+    pub fn passed(&self) -> u64 {
         self.hasher.bytes()
     }
 
