@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run -p kiln-vmm --example boot -- --kernel vmlinux --initramfs initramfs.cpio \
-//!     [--cmdline "loglevel=7"] [--memory 256] [--cpus 1] [--disk FILE | --disk-ro FILE]...
+//!     [--cmdline "loglevel=7"] [--memory 256] [--cpus 1] [--stop-at-phase 2] [--disk FILE | --disk-ro FILE]...
 //! ```
 //!
 //! What happened when goes to stderr, in milliseconds since the program started.
@@ -12,6 +12,7 @@ use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::sync::mpsc;
 
 use kiln_hypervisor::Kvm;
 use kiln_virtio::{Block, DataFile, Device, Disk, Extent, Rng, Vsock};
@@ -63,11 +64,21 @@ fn run(start: Nanoseconds) -> Result<(), Box<dyn Error>> {
     report(start, "kernel loaded");
 
     let console = Console::new(Some(std::io::stdout().as_fd().try_clone_to_owned()?))?;
+    let (phases, rung) = mpsc::channel();
     let observer = Box::new(move |notice| match notice {
         Notice::Entered(_) => report(start, "guest entered"),
-        Notice::Doorbell(phase, _) => report(start, &format!("doorbell, phase {phase}")),
+        Notice::Doorbell(phase, _) => {
+            report(start, &format!("doorbell, phase {phase}"));
+            // Nobody listens once the phase to stop at was reached.
+            let _ = phases.send(phase);
+        }
     });
     let machine = Machine::start(shell, &entry, console, devices, observer)?;
+    let stop_at = number("--stop-at-phase", u32::MAX)?;
+    // Ends without the phase when the machine does: its threads drop the sender.
+    if rung.iter().any(|phase| phase == stop_at) {
+        machine.stop();
+    }
     let (end, _) = machine.wait();
     report(start, &format!("ended: {:?} {}", end.reason, end.detail));
     Ok(())

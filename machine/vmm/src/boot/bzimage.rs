@@ -5,7 +5,7 @@
 
 use kiln_memory::{Gpa, GuestMemory};
 
-use super::{BootError, Entry, Image, Kernel, low_ram_end};
+use super::{BootError, Entry, Image, Kernel, low_ram_end, unknown_if_short};
 use crate::layout;
 
 /// Where the set-up header starts in the file and in the boot parameters.
@@ -91,10 +91,7 @@ pub(super) fn load(memory: &GuestMemory, image: &Image<'_>) -> Result<Kernel, Bo
 
 fn read_header(image: &Image<'_>) -> Result<SetupHeader, BootError> {
     let mut bytes = [0; HEADER_BYTES];
-    image.read(HEADER_START as u64, &mut bytes).map_err(|error| match error {
-        BootError::Malformed(_) => BootError::UnknownKernel,
-        other => other,
-    })?;
+    image.read(HEADER_START as u64, &mut bytes).map_err(unknown_if_short)?;
     let mut header = SetupHeader { bytes, len: HEADER_BYTES };
     if header.u16(0x1fe) != BOOT_FLAG || header.u32(0x202).to_le_bytes() != *MAGIC {
         return Err(BootError::UnknownKernel);

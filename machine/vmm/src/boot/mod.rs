@@ -17,6 +17,7 @@ mod zero_page;
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
 use kiln_memory::{Gpa, GuestMemory, MMIO_HOLE_START, OutOfRange, Span};
 
@@ -117,13 +118,13 @@ impl BootError {
 pub fn load_kernel(memory: &GuestMemory, file: &File) -> Result<Kernel, BootError> {
     let image = Image::open(file, "kernel")?;
     let mut magic = [0; 4];
-    image.read(0, &mut magic).map_err(|_| BootError::UnknownKernel)?;
+    image.read(0, &mut magic).map_err(unknown_if_short)?;
     if magic == elf::MAGIC { elf::load(memory, &image) } else { bzimage::load(memory, &image) }
 }
 
 /// Everything a kernel needs besides itself: initramfs, command line, tables. Says how the first vCPU starts.
 ///
-/// `virtio_devices` is how many the machine will have; `extra` goes to the end of the command line, where it overrides
+/// An empty `initramfs` is as good as none. `virtio_devices` is how many the machine will have; `extra` goes to the end of the command line, where it overrides
 /// what comes before.
 ///
 /// # Errors
@@ -139,7 +140,10 @@ pub fn prepare(
     let command_line = command_line::build(virtio_devices, host::is_pvm(), extra)?;
     let virtio_pins = (layout::VIRTIO_PIN..).take(virtio_devices);
     let pins: Vec<u8> = std::iter::once(layout::SERIAL_PIN).chain(virtio_pins).collect();
-    let initramfs = initramfs.map(|file| initramfs::load(memory, kernel, file)).transpose()?;
+    let initramfs = match initramfs {
+        Some(file) => initramfs::load(memory, kernel, file)?,
+        None => None,
+    };
     let low = too_large("boot structures", memory);
     memory.write(layout::COMMAND_LINE, &command_line.to_bytes()).map_err(&low)?;
     memory.write(layout::MP_TABLE, &mp_table::build(shape.vcpus(), &pins)).map_err(&low)?;
@@ -154,6 +158,11 @@ pub fn prepare(
             Ok(EntryState::long_mode(at))
         }
     }
+}
+
+/// A file too short to tell what it is, is not a kernel.
+fn unknown_if_short(error: BootError) -> BootError {
+    if matches!(error, BootError::Malformed(_)) { BootError::UnknownKernel } else { error }
 }
 
 /// Turns an access outside RAM into an error that says what does not fit.
@@ -182,7 +191,10 @@ impl<'a> Image<'a> {
 
     /// Fills `into` from `offset`.
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), BootError> {
-        std::os::unix::fs::FileExt::read_exact_at(self.file, into, offset).map_err(|source| {
+        if offset.checked_add(into.len() as u64).is_none_or(|end| end > self.bytes) {
+            return Err(BootError::Malformed("it ends too early"));
+        }
+        self.file.read_exact_at(into, offset).map_err(|source| {
             if source.kind() == std::io::ErrorKind::UnexpectedEof {
                 BootError::Malformed("it ends too early")
             } else {

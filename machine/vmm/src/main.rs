@@ -1,0 +1,7 @@
+//! The monitor as a program of its own: what `kiln` is when it calls itself `kiln-monitor`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    kiln_vmm::monitor::main()
+}

@@ -1,0 +1,254 @@
+//! The monitor program: one process, one machine, one channel.
+
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use kiln_control::{
+    Blame, Channel, ChannelError, Command as Order, Connect, Disk, Do, EndReason, Ended, Event, Extent,
+    Failed, Happened, Start, Stop,
+};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use crate::guest::{Guest, file};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_kiln-monitor");
+
+/// A monitor process and the host's end of its channel.
+struct Monitor {
+    child: Child,
+    channel: Channel,
+}
+
+impl Monitor {
+    fn spawn() -> Self {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .expect("a pair");
+        // The shell moves the socket to descriptor 3, which needs no unsafe code here.
+        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).expect("inheritable");
+        let child = Command::new("/bin/sh")
+            .arg("-c")
+            .arg(format!("exec \"$0\" 3<&{}", theirs.as_raw_fd()))
+            .arg(PROGRAM)
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .expect("a process");
+        Self { child, channel: Channel::new(ours) }
+    }
+
+    fn start(kernel: &[u8]) -> Self {
+        let monitor = Self::spawn();
+        monitor.order(Do::Start(start()), &[file(kernel), file(b"an archive")]);
+        monitor
+    }
+
+    fn order(&self, order: Do, files: &[impl AsFd]) {
+        let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        self.channel.send(&Order { call: Some(order) }, &files).expect("the monitor listens");
+    }
+
+    fn event(&self) -> Happened {
+        let (event, _) = self.channel.receive::<Event>().expect("an event");
+        event.happened.expect("a known event")
+    }
+
+    fn ended(&self) -> Ended {
+        loop {
+            if let Happened::Ended(ended) = self.event() {
+                return ended;
+            }
+        }
+    }
+
+    fn failed(&self) -> Failed {
+        let Happened::Failed(failed) = self.event() else { panic!("a failure") };
+        failed
+    }
+
+    fn exit(mut self) -> ExitStatus {
+        drop(self.channel);
+        self.child.wait().expect("it exits")
+    }
+}
+
+fn start() -> Start {
+    Start { memory_mib: 64, vcpus: 1, kernel_fd: 0, initramfs_fd: 1, cid: 3, ..Start::default() }
+}
+
+fn no_files() -> [OwnedFd; 0] {
+    []
+}
+
+#[test]
+fn a_machine_boots_gets_ready_and_ends() {
+    let monitor = Monitor::start(&Guest::default().ring(1).ring(2).ring(2).power_off(0).elf());
+    let Happened::Booted(booted) = monitor.event() else { panic!("booted first") };
+    let Happened::Ready(ready) = monitor.event() else { panic!("then ready") };
+    let Happened::Ended(ended) = monitor.event() else { panic!("then, after one ready, ended") };
+    assert!(booted.spawned_ns <= booted.entered_ns);
+    assert!(booted.entered_ns <= ready.agent_started_ns);
+    assert!(ready.agent_started_ns <= ready.ready_ns);
+    assert_eq!(ended.reason(), EndReason::PowerOff);
+    assert!(ended.console.is_empty());
+    assert!(matches!(monitor.channel.receive::<Event>(), Err(ChannelError::Closed)));
+    assert!(monitor.exit().success());
+}
+
+#[test]
+fn a_panic_comes_with_the_last_console_lines() {
+    let guest = Guest::default().say("Kernel panic - not syncing: it hurts").out(0x64, 0xfe).halt();
+    let monitor = Monitor::start(&guest.elf());
+    let ended = monitor.ended();
+    assert_eq!(ended.reason(), EndReason::Panic);
+    assert_eq!(ended.console, b"Kernel panic - not syncing: it hurts");
+}
+
+#[test]
+fn the_console_is_copied_to_the_hosts_descriptor() {
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    let monitor = Monitor::spawn();
+    let guest = Guest::default().say("for the host").power_off(0);
+    let files: [OwnedFd; 3] = [file(&guest.elf()).into(), file(b"").into(), writer.into()];
+    monitor.order(Do::Start(Start { console_fd: Some(2), ..start() }), &files);
+    drop(files);
+    assert_eq!(monitor.ended().reason(), EndReason::PowerOff);
+    assert!(monitor.exit().success());
+    let mut text = String::new();
+    reader.read_to_string(&mut text).expect("text");
+    assert_eq!(text, "for the host");
+}
+
+#[test]
+fn a_stop_ends_a_guest_that_does_nothing() {
+    for guest in [Guest::default().ring(2).halt(), Guest::default().ring(2).code(&[0xeb, 0xfe])] {
+        let monitor = Monitor::start(&guest.elf());
+        while !matches!(monitor.event(), Happened::Ready(_)) {}
+        monitor.order(Do::Stop(Stop {}), &no_files());
+        assert_eq!(monitor.ended().reason(), EndReason::Stopped);
+        assert!(monitor.exit().success());
+    }
+}
+
+#[test]
+fn a_monitor_does_not_outlive_its_host() {
+    // Before it got a command, and while its guest runs.
+    assert!(Monitor::spawn().exit().success());
+    let monitor = Monitor::start(&Guest::default().ring(2).code(&[0xeb, 0xfe]).elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    assert!(monitor.exit().success());
+}
+
+#[test]
+fn a_bad_kernel_is_the_callers_fault() {
+    let monitor = Monitor::start(b"not a kernel");
+    let failed = monitor.failed();
+    assert_eq!(failed.blame(), Blame::Caller);
+    assert!(failed.message.contains("neither an ELF file nor a bzImage"), "{failed:?}");
+    assert!(failed.hint.contains("vmlinux"), "{failed:?}");
+    assert!(monitor.exit().success());
+}
+
+#[test]
+fn impossible_machines_are_refused_before_anything_is_made() {
+    let kernel = Guest::default().power_off(0).elf();
+    let disk = |disk: Disk| Start { disks: vec![disk], ..start() };
+    let extent = Extent { fd: 0, offset: 0, length: 4096, digests_fd: None };
+    let cases = [
+        (Start { memory_mib: 63, ..start() }, Blame::Caller, "63 MiB"),
+        (Start { memory_mib: u32::MAX, ..start() }, Blame::Caller, "MiB of guest memory"),
+        (Start { vcpus: 0, ..start() }, Blame::Caller, "0 vCPUs"),
+        (Start { vcpus: 17, ..start() }, Blame::Caller, "17 vCPUs"),
+        (Start { cmdline: "x".repeat(4000), ..start() }, Blame::Caller, "command line"),
+        (Start { cid: 2, ..start() }, Blame::Kiln, "context id"),
+        (Start { kernel_fd: 9, ..start() }, Blame::Kiln, "descriptor 9"),
+        (Start { console_fd: Some(2), ..start() }, Blame::Kiln, "descriptor 2"),
+        (Start { disks: vec![Disk::default(); 18], ..start() }, Blame::Caller, "18 disks"),
+        (disk(Disk::default()), Blame::Kiln, "disk 0"),
+        (disk(Disk { extents: vec![extent.clone(); 2], ..Disk::default() }), Blame::Kiln, "disk 0"),
+        (
+            disk(Disk { extents: vec![extent.clone()], serial: "x".repeat(21), ..Disk::default() }),
+            Blame::Kiln,
+            "serial",
+        ),
+        (
+            disk(Disk {
+                read_only: true,
+                extents: vec![Extent { digests_fd: Some(1), ..extent }],
+                ..Disk::default()
+            }),
+            Blame::Kiln,
+            "digests",
+        ),
+    ];
+    for (start, blame, part) in cases {
+        let monitor = Monitor::spawn();
+        monitor.order(Do::Start(start), &[file(&kernel), file(b"an archive")]);
+        let failed = monitor.failed();
+        assert!(failed.message.contains(part), "{part}: {failed:?}");
+        assert_eq!(failed.blame(), blame, "{failed:?}");
+        assert!(monitor.exit().success());
+    }
+}
+
+#[test]
+fn a_command_out_of_place_ends_the_monitor() {
+    let monitor = Monitor::spawn();
+    monitor.order(Do::Stop(Stop {}), &no_files());
+    assert!(matches!(monitor.channel.receive::<Event>(), Err(ChannelError::Closed)));
+    assert_eq!(monitor.exit().code(), Some(125));
+
+    let monitor = Monitor::start(&Guest::default().ring(2).halt().elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    monitor.order(Do::Start(start()), &[file(b""), file(b"")]);
+    assert!(matches!(monitor.channel.receive::<Event>(), Err(ChannelError::Closed)));
+    assert_eq!(monitor.exit().code(), Some(125));
+}
+
+#[test]
+fn a_connection_the_guest_cannot_take_is_closed() {
+    let monitor = Monitor::start(&Guest::default().ring(2).halt().elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    monitor.order(Do::Connect(Connect { port: 1024 }), &[theirs]);
+    monitor.order(Do::Stop(Stop {}), &no_files());
+    assert_eq!(monitor.ended().reason(), EndReason::Stopped);
+    assert!(monitor.exit().success());
+    let mut ours = ours;
+    assert_eq!(ours.read(&mut [0]).expect("the end of the stream"), 0);
+}
+
+#[test]
+fn the_monitor_keeps_no_descriptor_it_was_not_given() {
+    // The shell that starts it leaves the socket's old number open; the monitor closes it, so its death is the only
+    // thing left that keeps the peer open.
+    let monitor = Monitor::start(&Guest::default().ring(2).halt().elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    let open: Vec<String> = std::fs::read_dir(format!("/proc/{}/fd", monitor.child.id()))
+        .expect("its descriptors")
+        .filter_map(|entry| std::fs::read_link(entry.expect("an entry").path()).ok())
+        .map(|target| target.to_string_lossy().into_owned())
+        .filter(|target| target.starts_with("socket:"))
+        .collect();
+    assert_eq!(open.len(), 1, "{open:?}");
+    assert!(monitor.exit().success());
+}
+
+#[test]
+fn the_probe_says_that_this_host_can_make_a_machine() {
+    let output = Command::new(PROGRAM).arg("--probe").output().expect("it runs");
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(output.status.success(), "{text}");
+    for line in ["kvm.open=ok", "kvm.api_version=12", "kvm.create_vm=ok"] {
+        assert!(text.lines().any(|have| have == line), "{line} in {text}");
+    }
+    assert!(!text.contains("kvm.missing"), "{text}");
+}
+
+#[test]
+fn without_a_channel_the_program_says_so() {
+    let output = Command::new("/bin/sh").args(["-c", "exec \"$0\" 3<&-", PROGRAM]).output().expect("it runs");
+    assert_eq!(output.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no control channel"));
+}
