@@ -1,3 +1,55 @@
-//! Benchmarks a user can run.
+//! What Kiln costs, beside what else there is: `cargo xtask bench boot|pull|rootfs|io [--runs N] [--json FILE]`.
+//!
+//! Both sides of a comparison are interleaved in one run, because machines are shared and noisy; each figure says what
+//! clock it is by its name. A missing input is a failure.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod boot;
+mod host;
+mod io;
+mod pull;
+mod report;
+mod rootfs;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+
+use report::Report;
+
+const USAGE: &str = "usage: cargo xtask bench boot|pull|rootfs|io [--runs N] [--json FILE]";
+
+fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let name = args.next().context(USAGE)?;
+    let (mut runs, mut json) = (None, None);
+    while let Some(arg) = args.next() {
+        let value = args.next().with_context(|| format!("{arg} needs a value\n{USAGE}"))?;
+        match arg.as_str() {
+            "--runs" => runs = Some(value.parse().context("--runs")?),
+            "--json" => json = Some(PathBuf::from(value)),
+            _ => bail!("unknown option {arg}\n{USAGE}"),
+        }
+    }
+    let mut report = Report::new(&name);
+    match name.as_str() {
+        "boot" => boot::run(&mut report, runs.unwrap_or(20))?,
+        "pull" => pull::run(&mut report, runs.unwrap_or(10))?,
+        "rootfs" => rootfs::run(&mut report, runs.unwrap_or(10))?,
+        "io" => io::run(&mut report, runs.unwrap_or(20))?,
+        other => bail!("no benchmark named {other}\n{USAGE}"),
+    }
+    print!("{}", report.table());
+    if let Some(path) = json {
+        std::fs::write(&path, report.json()).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The `kiln` to measure.
+fn kiln() -> Result<PathBuf> {
+    std::env::var_os("KILN")
+        .map(PathBuf::from)
+        .context("KILN is not set: benchmarks are run by `cargo xtask bench`")
+}

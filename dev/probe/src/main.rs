@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod listing;
+mod reading;
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Write as _};
@@ -21,6 +22,8 @@ usage: probe list DIR...      every file below, with all its metadata and the di
        probe pattern BYTES    writes so many bytes of a fixed pattern to stdout
        probe append FILE      writes and syncs one numbered line after another, and says each when it is durable
        probe identity         user, groups, directory, host name, environment
+       probe read FILE        for each line `BLOCK_BYTES COUNT sequential|random` on stdin, reads so, past the page cache,
+                              and prints how many nanoseconds it took
        probe exit CODE
 ";
 
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         ["count"] => count(),
         ["pattern", bytes] => number(bytes).and_then(pattern),
         ["append", file] => append(file),
+        ["read", file] => reading::serve(file),
         ["identity"] => identity(),
         ["exit", code] => return ExitCode::from(code.parse::<u8>().unwrap_or(1)),
         _ => {

@@ -29,7 +29,8 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--seconds" => {
-                seconds = args.next().context("--seconds needs a number")?.parse().context("--seconds")?
+                let value = args.next().context("--seconds needs a number")?;
+                seconds = value.parse().context("--seconds")?;
             }
             name => wanted.push(name.to_owned()),
         }

@@ -76,13 +76,18 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     install(&names)
 }
 
+/// Those of `packages` that are not installed.
+pub(crate) fn missing<'a>(packages: &[&'a str]) -> Vec<&'a str> {
+    packages.iter().copied().filter(|name| !is_installed(name)).collect()
+}
+
 fn is_installed(package: &str) -> bool {
     let status = Command::new("dpkg-query").args(["-W", "-f", "${db:Status-Status}", package]).output();
     status.is_ok_and(|output| output.stdout == b"installed")
 }
 
 /// Installs packages, with sudo where we are not root.
-fn install(names: &[&str]) -> Result<()> {
+pub(crate) fn install(names: &[&str]) -> Result<()> {
     let root = process::output(Command::new("id").arg("-u"))?.trim() == "0";
     if !root && !process::is_installed("sudo") {
         bail!("not root, and there is no sudo\nhint: as root, apt-get install {}", names.join(" "));
