@@ -75,7 +75,7 @@ pub(crate) fn root(image: &str, scratch: &str) -> Result<Option<OwnedFd>, Failed
     } else {
         // Tables made by the host are complete; zeroing them in the background would only cost.
         mount(scratch, SCRATCH, "ext4", MountFlags::NOATIME, "noinit_itable")?;
-        let root = open(SCRATCH, OFlags::PATH | OFlags::DIRECTORY);
+        let root = open(SCRATCH, OFlags::RDONLY | OFlags::DIRECTORY);
         Some(root.map_err(|error| internal("open the scratch file system", error))?)
     };
     for directory in ["/scratch/upper", "/scratch/work"] {
@@ -178,17 +178,15 @@ pub(crate) fn seal_root() -> Result<(), Failed> {
 
 /// Writes everything out and leaves the writable file system clean, when `scratch` is one that outlives the guest.
 pub(crate) fn settle(scratch: Option<&OwnedFd>) {
-    rustix::fs::sync();
-    // It cannot be unmounted, being the agent's own root; read-only it is as clean. Should a writer be left, it has
-    // just been synced, and its journal does the rest.
-    if let Some(scratch) = scratch {
-        let _ =
-            rustix::mount::fspick(scratch, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)
-                .and_then(|context| {
-                    rustix::mount::fsconfig_set_flag(&context, "ro")?;
-                    rustix::mount::fsconfig_reconfigure(&context)
-                });
-    }
+    let Some(scratch) = scratch else { return };
+    let _ = rustix::fs::syncfs(scratch);
+    // It cannot be unmounted, being under the agent's own root; read-only it is as clean. Should a writer be left, it
+    // has just been synced, and its journal does the rest.
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let _ = rustix::mount::fspick(scratch, "", flags).and_then(|context| {
+        rustix::mount::fsconfig_set_flag(&context, "ro")?;
+        rustix::mount::fsconfig_reconfigure(&context)
+    });
 }
 
 /// Opens the directory in which terminals are made.

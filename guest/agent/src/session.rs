@@ -397,6 +397,7 @@ impl Output {
             credit: INITIAL_CREDIT_BYTES,
             readable: false,
             hung_up: false,
+            lost: false,
             left: None,
         }
     }

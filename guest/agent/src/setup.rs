@@ -177,6 +177,7 @@ fn limits() -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::string::String;
     use alloc::vec;
 
     fn setup() -> Setup {
@@ -215,6 +216,6 @@ mod tests {
     fn a_disk_is_a_device() {
         assert!(check(&Setup { root_device: "/etc/passwd".into(), ..setup() }).is_err());
         assert!(check(&Setup { scratch_device: "scratch".into(), ..setup() }).is_err());
-        assert_eq!(check(&Setup { scratch_device: "".into(), ..setup() }), Ok(()));
+        assert_eq!(check(&Setup { scratch_device: String::new(), ..setup() }), Ok(()));
     }
 }

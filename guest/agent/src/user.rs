@@ -235,8 +235,8 @@ mod tests {
 
     #[test]
     fn a_user_in_too_many_groups_is_refused() {
-        let file: String = (1..3000).map(|gid| format!("g{gid}:x:{gid}:root\n")).collect();
-        assert_eq!(resolve("root", PASSWD, file.as_bytes()), Err(UnknownUser::TooManyGroups));
+        let lines: Vec<String> = (1..3000).map(|gid| format!("g{gid}:x:{gid}:root\n")).collect();
+        assert_eq!(resolve("root", PASSWD, lines.concat().as_bytes()), Err(UnknownUser::TooManyGroups));
     }
 
     proptest! {

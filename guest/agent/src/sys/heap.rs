@@ -142,61 +142,82 @@ mod tests {
     use alloc::vec::Vec;
     use proptest::prelude::*;
 
+    /// A block of `heap` in use, and the byte it is filled with.
+    struct Block {
+        at: *mut u8,
+        layout: Layout,
+        mark: u8,
+    }
+
+    impl Block {
+        fn new(heap: &Heap, size: usize, align: usize, mark: u8) -> Self {
+            let layout = Layout::from_size_align(size, align).expect("a small layout");
+            // SAFETY: the layout is not empty.
+            let at = unsafe { heap.alloc(layout) };
+            assert!(!at.is_null() && at.addr().is_multiple_of(align));
+            // SAFETY: the block is at least as long as its layout.
+            unsafe { at.write_bytes(mark, size) }
+            Self { at, layout, mark }
+        }
+
+        fn bytes(&self, size: usize) -> &[u8] {
+            // SAFETY: the block is at least as long as its layout, initialized by `new`, and nobody else's.
+            unsafe { core::slice::from_raw_parts(self.at, size) }
+        }
+
+        fn is_intact(&self) -> bool {
+            self.bytes(self.layout.size()).iter().all(|byte| *byte == self.mark)
+        }
+
+        fn grow(&mut self, heap: &Heap, size: usize) {
+            // SAFETY: a block of this heap with this layout.
+            self.at = unsafe { heap.realloc(self.at, self.layout, size) };
+            self.layout = Layout::from_size_align(size, self.layout.align()).expect("a small layout");
+        }
+
+        fn free(self, heap: &Heap) {
+            // SAFETY: a block of this heap with this layout, given up here.
+            unsafe { heap.dealloc(self.at, self.layout) }
+        }
+    }
+
     proptest! {
         #[test]
-        fn blocks_in_use_never_overlap(steps in prop::collection::vec((any::<bool>(), 1..200_000_usize, 0..13_u32), 1..120)) {
+        fn blocks_in_use_never_overlap(
+            steps in prop::collection::vec((any::<bool>(), 1..200_000_usize, 0..13_u32), 1..120),
+        ) {
             let heap = Heap::new();
-            let mut used: Vec<(*mut u8, Layout, u8)> = Vec::new();
+            let mut used: Vec<Block> = Vec::new();
             for (number, (free, size, align)) in steps.into_iter().enumerate() {
                 if free && !used.is_empty() {
-                    let (block, layout, mark) = used.swap_remove(size % used.len());
-                    // SAFETY: a block of this heap, as long as its layout, given up here.
-                    unsafe {
-                        prop_assert!(core::slice::from_raw_parts(block, layout.size()).iter().all(|byte| *byte == mark));
-                        heap.dealloc(block, layout);
-                    }
+                    let block = used.swap_remove(size % used.len());
+                    prop_assert!(block.is_intact());
+                    block.free(&heap);
                 } else {
-                    let layout = Layout::from_size_align(size, 1 << align).expect("a small layout");
-                    let mark = number as u8;
-                    // SAFETY: the layout is not empty, and the block is as long as it.
-                    let block = unsafe {
-                        let block = heap.alloc(layout);
-                        block.write_bytes(mark, size);
-                        block
-                    };
-                    prop_assert_eq!(block.addr() % layout.align(), 0);
-                    used.push((block, layout, mark));
+                    used.push(Block::new(&heap, size, 1 << align, number as u8));
                 }
             }
+            prop_assert!(used.iter().all(Block::is_intact));
         }
     }
 
     #[test]
     fn a_freed_block_is_the_next_to_be_used() {
         let heap = Heap::new();
-        let layout = Layout::from_size_align(100, 8).expect("a small layout");
-        // SAFETY: the layout is not empty, and each block is freed once.
-        unsafe {
-            let first = heap.alloc(layout);
-            heap.dealloc(first, layout);
-            assert_eq!(heap.alloc(layout), first);
-        }
+        let first = Block::new(&heap, 100, 8, 1);
+        let at = first.at;
+        first.free(&heap);
+        assert_eq!(Block::new(&heap, 120, 8, 2).at, at);
     }
 
     #[test]
     fn growing_keeps_what_was_there() {
         let heap = Heap::new();
-        let mut layout = Layout::from_size_align(10, 1).expect("a small layout");
-        // SAFETY: the layout is not empty; the block is as long as the layout at each turn.
-        unsafe {
-            let mut block = heap.alloc(layout);
-            block.write_bytes(7, 10);
-            for size in [12, 17, 4096, 70_000, 300_000, 20] {
-                block = heap.realloc(block, layout, size);
-                layout = Layout::from_size_align(size, 1).expect("a small layout");
-                assert_eq!(core::slice::from_raw_parts(block, 10), [7; 10]);
-            }
-            heap.dealloc(block, layout);
+        let mut block = Block::new(&heap, 10, 1, 7);
+        for size in [12, 17, 4096, 70_000, 300_000, 20] {
+            block.grow(&heap, size);
+            assert_eq!(block.bytes(10), [7; 10]);
         }
+        block.free(&heap);
     }
 }
