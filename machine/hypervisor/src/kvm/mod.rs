@@ -22,11 +22,16 @@ const DEVICE: &str = "/dev/kvm";
 const API_VERSION: i32 = 12;
 /// Three pages below 4 GiB that KVM needs on Intel processors that cannot run real mode; no RAM is there.
 const TSS_ADDRESS: usize = 0xfffb_d000;
+/// "N" on such a processor; there is no such file where KVM runs on anything but Intel's extensions.
+const UNRESTRICTED_GUEST: &str = "/sys/module/kvm_intel/parameters/unrestricted_guest";
 
 /// The host's KVM.
 #[derive(Debug)]
 pub struct Kvm {
     kvm: kvm_ioctls::Kvm,
+    /// Machines need [`TSS_ADDRESS`]. It is a hidden memory slot, and a second slot waits for milliseconds, so it is
+    /// not given to those that do not.
+    needs_tss: bool,
 }
 
 impl Kvm {
@@ -51,7 +56,8 @@ impl Kvm {
         let kvm =
             kvm_ioctls::Kvm::new().map_err(|errno| Error::Open { path: DEVICE, source: errno.into() })?;
         kick::install_handler();
-        Ok(Self { kvm })
+        let needs_tss = std::fs::read(UNRESTRICTED_GUEST).is_ok_and(|value| value.starts_with(b"N"));
+        Ok(Self { kvm, needs_tss })
     }
 
     /// What [`crate::REQUIREMENTS`] names and this KVM does not have.
@@ -92,7 +98,7 @@ impl Hypervisor for Kvm {
                 other => break other.map_err(call("KVM_CREATE_VM"))?,
             }
         };
-        Ok(KvmVm { vm, memory: None, has_interrupts: false })
+        Ok(KvmVm { vm, memory: None, has_interrupts: false, needs_tss: self.needs_tss })
     }
 }
 
@@ -104,6 +110,7 @@ pub struct KvmVm {
     /// What the memory slots point into.
     memory: Option<GuestMemory>,
     has_interrupts: bool,
+    needs_tss: bool,
 }
 
 impl Vm for KvmVm {
@@ -127,8 +134,10 @@ impl Vm for KvmVm {
             // unmapped before the last descriptor of the machine is closed.
             unsafe { self.vm.set_user_memory_region(slot) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        // Free where the processor can run real mode by itself, needed where it cannot.
-        self.vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))
+        if self.needs_tss {
+            self.vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        }
+        Ok(())
     }
 
     fn enable_interrupts(&mut self) -> Result<(), Error> {
