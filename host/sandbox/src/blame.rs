@@ -35,3 +35,14 @@ impl From<kiln_control::Blame> for Blame {
         }
     }
 }
+
+impl From<kiln_oci::Blame> for Blame {
+    /// An image's source counts as the host: it is reached from there, and the caller can only try again.
+    fn from(blame: kiln_oci::Blame) -> Self {
+        match blame {
+            kiln_oci::Blame::Caller => Self::Caller,
+            kiln_oci::Blame::Source | kiln_oci::Blame::Host => Self::Host,
+            kiln_oci::Blame::Kiln => Self::Kiln,
+        }
+    }
+}

@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use kiln_control::{MAX_PACKET_FDS, Start};
+use kiln_oci::{DiskPart, Image, PullError};
 
 /// A block device of a machine.
 #[derive(Debug)]
@@ -15,6 +16,22 @@ pub struct Disk {
     pub read_only: bool,
     /// The pieces of files it consists of, in order; a writable disk has exactly one.
     pub extents: Vec<Extent>,
+}
+
+impl Disk {
+    /// The disk an image's files are on: its merged metadata and layers end to end, each checked as it is read.
+    ///
+    /// # Errors
+    /// When an object of the image is missing from the store or damaged.
+    pub fn from_image(image: &Image) -> Result<Self, PullError> {
+        let extent = |part: DiskPart| Extent {
+            data: part.data,
+            offset: 0,
+            length: part.length,
+            digests: Some(part.digests),
+        };
+        Ok(Self { read_only: true, extents: image.disk()?.into_iter().map(extent).collect() })
+    }
 }
 
 /// A piece of a file on a disk.
@@ -61,14 +78,14 @@ pub enum ScratchError {
     },
     /// The file system could not be made in it.
     #[error("cannot make a scratch file system")]
-    Format(#[source] io::Error),
+    Format(#[from] kiln_rootfs::ScratchError),
 }
 
 /// Makes a scratch disk. Blocks for the milliseconds it takes to write an empty file system.
 pub(crate) fn scratch_disk(folder: &Path, size_bytes: u64) -> Result<Disk, ScratchError> {
     let file =
         nameless_file(folder).map_err(|source| ScratchError::File { folder: folder.into(), source })?;
-    file.set_len(size_bytes).map_err(ScratchError::Format)?;
+    kiln_rootfs::scratch(&file, size_bytes)?;
     let length = size_bytes & !4095;
     Ok(Disk { read_only: false, extents: vec![Extent { data: file, offset: 0, length, digests: None }] })
 }

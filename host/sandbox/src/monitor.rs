@@ -10,6 +10,7 @@
 
 mod channel;
 mod end;
+mod probe;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,7 +23,7 @@ use std::time::Duration;
 use command_fds::{CommandFdExt, FdMapping};
 use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Happened, Start, Stop};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStderr};
 use tokio::sync::watch;
@@ -30,6 +31,7 @@ use tokio::task::JoinHandle;
 
 use channel::AsyncChannel;
 pub use end::MachineEnd;
+pub use probe::{Missing, Probe, probe};
 
 /// What the monitor program is started as (`argv[0]`), by which a binary that is more than a monitor knows its part.
 pub const MONITOR_NAME: &str = "kiln-monitor";
@@ -84,6 +86,9 @@ struct Life {
     end: Option<Arc<MachineEnd>>,
 }
 
+/// Is told lines, from a task of the runtime; must not block for long.
+pub type LineListener = Box<dyn Fn(&str) + Send + Sync>;
+
 /// A handle on a running monitor; dropping it ends the machine.
 #[derive(Debug)]
 pub struct Monitor {
@@ -126,6 +131,17 @@ impl Monitor {
     /// [`MonitorError::Spawn`] when the executable cannot be run, [`MonitorError::Setup`] when the host is out of
     /// descriptors.
     pub fn spawn(program: &MonitorProgram) -> Result<Self, MonitorError> {
+        Self::spawn_with(program, None)
+    }
+
+    /// The same, with each line the monitor says on its stderr told to `listener` as well.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub fn spawn_with(
+        program: &MonitorProgram,
+        listener: Option<LineListener>,
+    ) -> Result<Self, MonitorError> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|errno| MonitorError::Setup(errno.into()))?;
@@ -148,7 +164,8 @@ impl Monitor {
         let channel = Arc::new(AsyncChannel::new(ours).map_err(MonitorError::Setup)?);
         let (life_sender, life) = watch::channel(Life::default());
         let stderr = child.stderr.take();
-        let watcher = tokio::spawn(watch_over(Arc::clone(&channel), child, stderr, life_sender));
+        let watcher =
+            tokio::spawn(watch_over(Arc::clone(&channel), child, keep_tail(stderr, listener), life_sender));
         Ok(Self { channel, life, watcher })
     }
 
@@ -266,10 +283,10 @@ impl EndWatch {
 async fn watch_over(
     channel: Arc<AsyncChannel>,
     mut child: Child,
-    stderr: Option<ChildStderr>,
+    stderr_tail: impl Future<Output = Vec<u8>> + Send + 'static,
     life: watch::Sender<Life>,
 ) {
-    let said = tokio::spawn(keep_tail(stderr));
+    let said = tokio::spawn(stderr_tail);
     let end = read_events(&channel, &life).await;
     let status = match tokio::time::timeout(EXIT_LIMIT, child.wait()).await {
         Ok(status) => status,
@@ -311,20 +328,23 @@ async fn read_events(channel: &AsyncChannel, life: &watch::Sender<Life>) -> Opti
     }
 }
 
-/// The last bytes of what the monitor says on its stderr.
-async fn keep_tail(stderr: Option<ChildStderr>) -> Vec<u8> {
+/// Follows what the monitor says on its stderr to its end, and returns the last of it.
+async fn keep_tail(stderr: Option<ChildStderr>, listener: Option<LineListener>) -> Vec<u8> {
     let mut tail = Vec::new();
-    let Some(mut stderr) = stderr else { return tail };
-    let mut buffer = [0; 1024];
-    while let Ok(count) = stderr.read(&mut buffer).await {
-        if count == 0 {
-            break;
+    let Some(stderr) = stderr else { return tail };
+    let mut stderr = BufReader::new(stderr);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        // A line without an end is cut, so that it cannot fill memory.
+        let read = (&mut stderr).take(STDERR_TAIL_BYTES as u64).read_until(b'\n', &mut line).await;
+        if !matches!(read, Ok(1..)) {
+            return tail;
         }
-        tail.extend_from_slice(&buffer[..count]);
-        if tail.len() > 2 * STDERR_TAIL_BYTES {
-            tail.drain(..tail.len() - STDERR_TAIL_BYTES);
+        if let Some(listener) = &listener {
+            listener(String::from_utf8_lossy(&line).trim_end());
         }
+        tail.extend_from_slice(&line);
+        tail.drain(..tail.len().saturating_sub(STDERR_TAIL_BYTES));
     }
-    tail.drain(..tail.len().saturating_sub(STDERR_TAIL_BYTES));
-    tail
 }

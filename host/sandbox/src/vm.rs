@@ -16,7 +16,7 @@ pub use exec::{ExecBuilder, ExecError, Output};
 
 use crate::agent::{self, AgentError};
 use crate::disk::{self, Descriptors, Disk, Scratch, ScratchError};
-use crate::monitor::{BootTimes, MachineEnd, Monitor, MonitorError, MonitorProgram};
+use crate::monitor::{BootTimes, LineListener, MachineEnd, Monitor, MonitorError, MonitorProgram};
 use crate::{Blame, GuestBundle};
 
 /// The least memory a machine may have, in MiB.
@@ -24,7 +24,7 @@ pub const MEMORY_MIN_MIB: u32 = 64;
 /// The most vCPUs a machine may have.
 pub const VCPUS_MAX: u32 = 16;
 /// How long a guest kernel may take until its agent listens.
-const BOOT_LIMIT: Duration = Duration::from_mins(2);
+const BOOT_LIMIT: Duration = Duration::from_mins(5);
 /// How long the agent may take to make the guest ready for commands.
 const SETUP_LIMIT: Duration = Duration::from_mins(1);
 /// Random bytes for the guest kernel's generator.
@@ -76,6 +76,7 @@ pub struct VmBuilder {
     cmdline: String,
     console: Option<OwnedFd>,
     observer: Option<PhaseObserver>,
+    warnings: Option<LineListener>,
 }
 
 /// A running virtual machine with its root mounted; dropping it ends it.
@@ -115,7 +116,9 @@ impl VmError {
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Shape(_) => Blame::Caller,
+            Self::Shape(_) | Self::Scratch(ScratchError::Format(kiln_rootfs::ScratchError::Size { .. })) => {
+                Blame::Caller
+            }
             Self::Monitor(MonitorError::Ended(end)) => end.blame(),
             Self::Monitor(MonitorError::Channel(_)) => Blame::Kiln,
             Self::Monitor(_) | Self::Scratch(_) | Self::Entropy(_) => Blame::Host,
@@ -196,6 +199,13 @@ impl VmBuilder {
         self
     }
 
+    /// Is told what the monitor warns of, a line at a time: a block of the image that is not what it was, for one,
+    /// which the guest sees as an I/O error.
+    pub fn on_warning(mut self, listener: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.warnings = Some(Box::new(listener));
+        self
+    }
+
     /// Makes the machine, boots it and makes it ready for commands.
     ///
     /// A dropped future ends whatever has been started.
@@ -204,7 +214,7 @@ impl VmBuilder {
     /// [`VmError`], by what went wrong; [`VmError::machine_end`] has the guest's last words where there are any.
     pub async fn start(self) -> Result<Vm, VmError> {
         self.check_shape()?;
-        let monitor = Monitor::spawn(&self.program)?;
+        let monitor = Monitor::spawn_with(&self.program, self.warnings)?;
         let mut disks = vec![self.root];
         let (mut scratch_device, mut read_only) = (String::new(), false);
         match self.scratch {
@@ -304,6 +314,7 @@ impl Vm {
             cmdline: String::new(),
             console: None,
             observer: None,
+            warnings: None,
         }
     }
 

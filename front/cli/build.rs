@@ -1,0 +1,55 @@
+//! Puts the guest (kernel and initramfs) and the commit into the program.
+//!
+//! `KILN_GUEST_DIR` names a folder with `vmlinux` and `initramfs.cpio`, which become part of the binary; without it
+//! the binary looks for a guest when it runs. `KILN_COMMIT` overrides what git says.
+
+use std::env;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+fn main() {
+    println!("cargo::rerun-if-env-changed=KILN_GUEST_DIR");
+    println!("cargo::rerun-if-env-changed=KILN_COMMIT");
+    let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
+    fs::write(Path::new(&out).join("guest.rs"), guest()).expect("OUT_DIR can be written");
+    println!("cargo::rustc-env=KILN_COMMIT={}", commit());
+}
+
+fn guest() -> String {
+    const TYPE: &str = "const GUEST: Option<(&[u8], &[u8])>";
+    let Some(folder) = env::var_os("KILN_GUEST_DIR").filter(|folder| !folder.is_empty()) else {
+        return format!("{TYPE} = None;\n");
+    };
+    let path = |name: &str| {
+        let path = Path::new(&folder).join(name);
+        let path = fs::canonicalize(&path)
+            .unwrap_or_else(|error| panic!("KILN_GUEST_DIR: {}: {error}", path.display()));
+        println!("cargo::rerun-if-changed={}", path.display());
+        // As a string literal of Rust's.
+        format!("{:?}", path.to_str().expect("KILN_GUEST_DIR is valid UTF-8"))
+    };
+    let (kernel, initramfs) = (path("vmlinux"), path("initramfs.cpio"));
+    format!("{TYPE} = Some((include_bytes!({kernel}), include_bytes!({initramfs})));\n")
+}
+
+fn commit() -> String {
+    if let Ok(commit) = env::var("KILN_COMMIT")
+        && !commit.is_empty()
+    {
+        return commit;
+    }
+    // The log of HEAD gains a line with each commit and checkout. Outside a repository there is nothing to watch.
+    let log = git(&["rev-parse", "--path-format=absolute", "--git-path", "logs/HEAD"]);
+    match log.filter(|log| Path::new(log).exists()) {
+        Some(log) => println!("cargo::rerun-if-changed={log}"),
+        None => println!("cargo::rerun-if-changed=build.rs"),
+    }
+    git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".to_owned())
+}
+
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    (output.status.success() && !text.trim().is_empty()).then(|| text.trim().to_owned())
+}

@@ -1,0 +1,154 @@
+//! The kiln command line: words in, exit code out. What it does is in the `kiln` library.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod doctor;
+mod environment;
+mod events;
+mod failure;
+mod images;
+mod progress;
+mod quantity;
+mod run;
+mod signals;
+mod streams;
+mod terminal;
+mod version;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use kiln::GuestBundle;
+
+pub use kiln::monitor::MONITOR_NAME;
+
+use args::{Cli, Command, Global, ImageCommand};
+use failure::Failure;
+
+/// What a build of this program knows about itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Build {
+    /// The version, as Cargo has it.
+    pub version: &'static str,
+    /// The commit it was built from, or `unknown`.
+    pub commit: &'static str,
+    /// Guest kernel and initramfs, when they are part of the program.
+    pub guest: Option<(&'static [u8], &'static [u8])>,
+}
+
+/// The whole command line as data, for man pages and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Runs the program with this process's arguments.
+pub fn main(build: Build) -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let context = Context { build, global: cli.global };
+    let runs_a_command = matches!(cli.command, Command::Run(_));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return finish(Err(Failure::host(error)), runs_a_command),
+    };
+    let outcome = runtime.block_on(dispatch(&context, cli.command));
+    // A read of stdin that nobody waits for any more must not hold up the end.
+    runtime.shutdown_background();
+    finish(outcome, runs_a_command)
+}
+
+async fn dispatch(context: &Context, command: Command) -> Result<u8, Failure> {
+    match command {
+        Command::Run(args) => return run::run(context, *args).await,
+        Command::Pull(args) => images::pull(context, args).await?,
+        Command::Images(args) => images::list(context, args.json)?,
+        Command::Rmi(args) => return images::remove(context, &args.images),
+        Command::Image(args) => {
+            let ImageCommand::Inspect { image, platform } = args.command;
+            images::inspect(context, &image, platform.as_deref())?;
+        }
+        Command::Doctor(args) => return doctor::doctor(context, args.json).await,
+        Command::Version(args) => version::version(context, args.json)?,
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "kiln", &mut script);
+            print_bytes(&script)?;
+        }
+    }
+    Ok(0)
+}
+
+fn finish(outcome: Result<u8, Failure>, runs_a_command: bool) -> ExitCode {
+    match outcome {
+        Ok(code) => code.into(),
+        Err(failure) => {
+            let _ = io::stderr().write_all(failure.report().as_bytes());
+            if runs_a_command { run::FAILED.into() } else { failure.exit_code().into() }
+        }
+    }
+}
+
+/// Prints help and version as asked for, or what is wrong with the words; a wrong `run` ends as all its failures do,
+/// so that no exit code of a command can be taken for one of Kiln.
+fn usage(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    if error.exit_code() == 0 {
+        return ExitCode::SUCCESS;
+    }
+    let runs_a_command = std::env::args_os().skip(1).find(|word| !word.as_encoded_bytes().starts_with(b"-"));
+    if runs_a_command.is_some_and(|word| word == "run") { run::FAILED.into() } else { 2.into() }
+}
+
+/// What every command needs to know.
+#[derive(Debug)]
+struct Context {
+    build: Build,
+    global: Global,
+}
+
+impl Context {
+    /// The folder of the store.
+    fn root(&self) -> Result<PathBuf, Failure> {
+        self.global.root.clone().map_or_else(images::default_root, Ok)
+    }
+
+    /// The guest to boot: the environment's, else the one built in, else the one beside the executable.
+    fn guest(&self) -> Result<GuestBundle, Failure> {
+        let named =
+            std::env::var_os(kiln::bundle::GUEST_DIR_VARIABLE).is_some_and(|folder| !folder.is_empty());
+        Ok(match self.build.guest {
+            Some((kernel, initramfs)) if !named => GuestBundle::from_bytes(kernel, initramfs)?,
+            _ => GuestBundle::find()?,
+        })
+    }
+}
+
+/// Prints to stdout. A reader that went away is no failure of ours.
+fn print(text: &str) -> Result<(), Failure> {
+    print_bytes(text.as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::host(format!("cannot write to stdout: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_words_are_consistent() {
+        command().debug_assert();
+    }
+}

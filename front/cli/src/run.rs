@@ -1,0 +1,226 @@
+//! `kiln run`.
+
+use std::io::{self, IsTerminal};
+
+use futures_util::future::OptionFuture;
+use kiln::image::Image;
+use kiln::launch::{Launch, Overrides};
+use kiln::store::Store;
+use kiln::{Blame, Child, ExitStatus, GuestBundle, Scratch, Vm, VmBuilder, WindowSize, signal};
+use serde_json::{Map, Value, json};
+
+use crate::args::Run;
+use crate::events::{EventLog, monotonic_ns};
+use crate::failure::Failure;
+use crate::signals::{Signals, Wish};
+use crate::terminal::{self, RawMode};
+use crate::{Context, environment, images, progress, streams};
+
+/// What `run` ends with when not the command but Kiln or its host failed.
+pub(crate) const FAILED: u8 = 125;
+const NOT_EXECUTABLE: u8 = 126;
+const NOT_FOUND: u8 = 127;
+const KILLED: u8 = 128 + 9;
+/// How often `-v` is given for the guest's console to be shown.
+const SHOW_CONSOLE: u8 = 2;
+
+/// Runs a command in a fresh machine and returns the exit code for this process.
+///
+/// # Errors
+/// What is to be reported with exit code [`FAILED`].
+pub(crate) async fn run(context: &Context, args: Run) -> Result<u8, Failure> {
+    let events = EventLog::open(args.json_events.as_deref())?;
+    events.now("started");
+    if args.tty && args.interactive && !io::stdin().is_terminal() {
+        return Err(Failure::caller("-t with -i needs a terminal at stdin, and this is none")
+            .hint("leave -t out to pipe data in"));
+    }
+    let mut signals = Signals::catch().map_err(Failure::host)?;
+
+    let window = args.tty.then(terminal::size);
+    let started = tokio::select! {
+        started = start(context, &args, window, &events) => started?,
+        number = signals.fatal() => return Ok(128 + number),
+    };
+    let (vm, child, launch) = match started {
+        Started::Runs(running) => *running,
+        Started::Refused(code) => return Ok(code),
+    };
+    let raw =
+        if args.tty && args.interactive { Some(RawMode::enter().map_err(Failure::host)?) } else { None };
+    let outcome = attend(child, &launch, &mut signals, &events).await;
+    drop(raw);
+    vm.stop().await;
+    outcome
+}
+
+enum Started {
+    Runs(Box<(Vm, Child, Launch)>),
+    /// The command could not be started, which is its own kind of exit code.
+    Refused(u8),
+}
+
+async fn start(
+    context: &Context,
+    args: &Run,
+    window: Option<WindowSize>,
+    events: &EventLog,
+) -> Result<Started, Failure> {
+    let env = environment::words(&args.env_file, &args.env, |name| std::env::var_os(name))
+        .map_err(Failure::caller)?;
+    let guest = guest(context, args)?;
+    let store = images::store(context)?;
+    let image = images::obtain(context, &store, &args.image, &args.source, args.pull, false).await?;
+    events.now("pulled");
+
+    let hostname = match &args.hostname {
+        Some(name) => name.clone(),
+        None => random_name().map_err(Failure::host)?,
+    };
+    let mut launch = Launch::new(&image.config, overrides(args, env))?;
+    launch.default_env("HOSTNAME", &hostname);
+    if args.tty {
+        launch.default_env("TERM", "xterm");
+    }
+
+    let booting = progress::spinner(context, format!("starting {}", args.image));
+    let vm = machine(context, args, guest, &store, &image, hostname, events)?.start().await?;
+    drop(booting);
+    let mut exec = vm.exec(launch.argv.iter()).env(launch.env.iter()).cwd(&launch.workdir).user(&launch.user);
+    if let Some(size) = window {
+        exec = exec.tty(size);
+    }
+    if args.interactive {
+        exec = exec.stdin();
+    }
+    if let Some(limit) = args.timeout {
+        exec = exec.timeout(limit);
+    }
+    match exec.spawn().await {
+        Ok(child) => {
+            events.now("exec_started");
+            Ok(Started::Runs(Box::new((vm, child, launch))))
+        }
+        Err(error) => {
+            let code = match error.refusal() {
+                Some(kiln::Reason::NotFound) => NOT_FOUND,
+                Some(kiln::Reason::NotExecutable) => NOT_EXECUTABLE,
+                _ => return Err(error.into()),
+            };
+            eprint!("{}", Failure::from(error).report());
+            vm.stop().await;
+            Ok(Started::Refused(code))
+        }
+    }
+}
+
+fn guest(context: &Context, args: &Run) -> Result<GuestBundle, Failure> {
+    let bundle = context.guest()?;
+    Ok(match &args.kernel {
+        Some(path) => bundle.with_kernel(path).map_err(Failure::caller)?,
+        None => bundle,
+    })
+}
+
+fn overrides(args: &Run, env: Vec<std::ffi::OsString>) -> Overrides {
+    Overrides {
+        entrypoint: args.entrypoint.clone(),
+        args: args.command.clone(),
+        env,
+        user: args.user.clone(),
+        workdir: args.workdir.clone(),
+    }
+}
+
+/// Describes the machine the command line asks for.
+fn machine(
+    context: &Context,
+    args: &Run,
+    guest: GuestBundle,
+    store: &Store,
+    image: &Image,
+    hostname: String,
+    events: &EventLog,
+) -> Result<VmBuilder, Failure> {
+    let scratch = if args.read_only {
+        Scratch::ReadOnly
+    } else if args.scratch_in_memory {
+        Scratch::Memory
+    } else {
+        Scratch::Disk { folder: store.root().to_owned(), size_bytes: args.scratch_size }
+    };
+    let events = events.clone();
+    let builder = Vm::builder(guest, images::disk(image)?)
+        .memory_mib(args.memory.0)
+        .vcpus(args.cpus)
+        .hostname(hostname)
+        .scratch(scratch)
+        .volumes(image.config.volumes.clone())
+        .command_is_process_1(!args.init)
+        .on_warning(terminal::warn)
+        .on_phase(move |phase, nanoseconds| events.at(phase.name(), nanoseconds));
+    if context.global.verbose < SHOW_CONSOLE {
+        return Ok(builder);
+    }
+    let stderr = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stderr(), 3);
+    Ok(builder.console(stderr.map_err(|errno| Failure::host(io::Error::from(errno)))?))
+}
+
+/// Twelve hexadecimal digits, as Docker names its containers.
+fn random_name() -> io::Result<String> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes[2..])?;
+    Ok(format!("{:012x}", u64::from_be_bytes(bytes)))
+}
+
+/// Carries streams and signals until the command's end.
+async fn attend(
+    mut child: Child,
+    launch: &Launch,
+    signals: &mut Signals,
+    events: &EventLog,
+) -> Result<u8, Failure> {
+    if let Some(stdin) = child.stdin.take() {
+        tokio::spawn(streams::carry_in(stdin));
+    }
+    let stdout =
+        child.stdout.take().map(|from| streams::carry_out(from, tokio::io::stdout(), events.clone()));
+    let stderr =
+        child.stderr.take().map(|from| streams::carry_out(from, tokio::io::stderr(), events.clone()));
+    let outputs = async {
+        let carried = tokio::join!(OptionFuture::from(stdout), OptionFuture::from(stderr));
+        carried.0.unwrap_or(Ok(())).and(carried.1.unwrap_or(Ok(())))
+    };
+    let outputs = tokio::spawn(outputs);
+
+    let status = loop {
+        tokio::select! {
+            status = child.wait() => break status,
+            wish = signals.next() => match wish {
+                // A guest that takes no signals is ended by the third request.
+                Wish::Pass(number) => drop(child.signal(number.into())),
+                Wish::Stop => drop(child.signal(launch.stop_signal.into())),
+                Wish::Resize => child.resize(terminal::size()),
+                Wish::End => return Ok(KILLED),
+            },
+        }
+    };
+    tokio::select! {
+        carried = outputs => carried
+            .map_err(|error| Failure::new(Blame::Kiln, error))?
+            .map_err(|error| Failure::host(format!("cannot write the command's output: {error}")))?,
+        number = signals.fatal() => return Ok(128 + number),
+    }
+    let status = status?;
+    events.with("exited", monotonic_ns(), particulars(&status));
+    Ok(status.shell_code())
+}
+
+fn particulars(status: &ExitStatus) -> Map<String, Value> {
+    let mut map = Map::new();
+    map.insert("code".into(), json!(status.code()));
+    map.insert("signal".into(), json!(status.signal().map(signal::name)));
+    map.insert("timed_out".into(), json!(status.timed_out()));
+    map.insert("peak_rss_bytes".into(), json!(status.peak_rss_bytes()));
+    map
+}

@@ -1,0 +1,102 @@
+//! Help texts, errors and exit codes.
+
+use std::process::Stdio;
+
+use insta::assert_snapshot;
+
+use super::{kiln, run, told};
+
+#[test]
+fn help_teaches() {
+    assert_snapshot!("help", told(&["--help"]));
+    assert_snapshot!("help_run", told(&["run", "--help"]));
+    assert_snapshot!("help_pull", told(&["pull", "--help"]));
+    assert_snapshot!("help_doctor", told(&["doctor", "--help"]));
+}
+
+#[test]
+fn nothing_said_shows_the_help_and_fails() {
+    let output = run(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("Usage: kiln"));
+}
+
+#[test]
+fn wrong_words_are_named() {
+    assert_snapshot!("run_without_an_image", told(&["run"]));
+    assert_snapshot!("unknown_command", told(&["rum"]));
+    assert_snapshot!("unknown_option", told(&["run", "--memroy", "1g", "x"]));
+    assert_snapshot!("memory_without_a_unit", told(&["run", "--memory", "512", "x"]));
+    assert_snapshot!("too_many_cpus", told(&["run", "--cpus", "17", "x"]));
+    assert_snapshot!("two_places_for_changes", told(&["run", "--read-only", "--scratch-in-memory", "x"]));
+}
+
+#[test]
+fn options_after_the_image_belong_to_the_command() {
+    // The image is refused by its name, after its arguments were taken as they are.
+    let output = run(&["run", "no image", "--memory", "-x", "--", "--help"]);
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn a_terminal_that_is_none_is_refused_with_the_way_out() {
+    assert_snapshot!("tty_without_a_terminal", told(&["run", "-it", "x"]));
+}
+
+#[test]
+fn an_environment_file_that_is_not_there_is_named() {
+    assert_snapshot!("no_env_file", told(&["run", "--env-file", "/nonexistent/env", "x"]));
+}
+
+#[test]
+fn a_kernel_that_is_not_there_is_named() {
+    let output = run(&["run", "--kernel", "/nonexistent/vmlinux", "x"]);
+    assert_eq!(output.status.code(), Some(125));
+}
+
+#[test]
+fn completions_name_every_command() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = run(&["completion", shell]);
+        assert!(output.status.success());
+        let script = String::from_utf8(output.stdout).expect("a script is text");
+        for command in kiln_cli::command().get_subcommands() {
+            assert!(script.contains(command.get_name()), "{shell} lacks {}", command.get_name());
+        }
+    }
+}
+
+#[test]
+fn version_as_json_has_what_a_report_needs() {
+    let output = run(&["version", "--json"]);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(value["version"], env!("CARGO_PKG_VERSION"));
+    for field in ["commit", "arch", "kernel", "agent"] {
+        assert!(value.get(field).is_some(), "{field}");
+    }
+}
+
+#[test]
+fn doctor_as_json_says_for_each_check_how_it_stands() {
+    let output = run(&["--root", "/tmp", "doctor", "--json"]);
+    let findings: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let findings = findings.as_array().expect("an array");
+    let failed = findings.iter().any(|finding| finding["status"] == "failure");
+    assert_eq!(output.status.code(), Some(i32::from(failed)), "{findings:?}");
+    for check in ["kvm", "virtualization", "machine", "nx_huge_pages", "cgroups", "huge_pages", "userfaultfd"]
+    {
+        assert!(findings.iter().any(|finding| finding["check"] == check), "{check}");
+    }
+    for finding in findings.iter().filter(|finding| finding["status"] != "ok") {
+        assert_ne!(finding["consequence"], "", "{finding}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let mut child = kiln(&["completion", "bash"]).stdout(Stdio::piped()).spawn().expect("the program starts");
+    drop(child.stdout.take());
+    assert!(child.wait().expect("it ends").success());
+}

@@ -1,0 +1,114 @@
+//! What the monitor finds on this host: the host tier does not link KVM, so it asks.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Stdio;
+use std::time::Duration;
+
+use super::{MONITOR_NAME, MonitorError, MonitorProgram};
+
+/// The argument that has a monitor print what it finds, and end.
+const PROBE_ARGUMENT: &str = "--probe";
+/// How long that may take.
+const PROBE_LIMIT: Duration = Duration::from_secs(30);
+
+/// What a monitor program finds on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Probe {
+    /// Why `/dev/kvm` cannot be opened; `None` when it can.
+    pub open_error: Option<String>,
+    /// KVM capabilities a machine needs and this host lacks.
+    pub missing: Vec<Missing>,
+    /// Why the smallest machine cannot be made; `None` when it can.
+    pub create_error: Option<String>,
+    /// The most vCPUs KVM gives one machine.
+    pub max_vcpus: Option<u32>,
+    /// Guest kernels are emulated: KVM without hardware virtualization.
+    pub pvm: bool,
+}
+
+/// A capability that KVM lacks here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// Its name in KVM's interface.
+    pub name: String,
+    /// What it is needed for.
+    pub why: String,
+    /// What would help.
+    pub fix: String,
+}
+
+impl Probe {
+    /// A machine can be made.
+    pub fn works(&self) -> bool {
+        self.open_error.is_none() && self.create_error.is_none() && self.missing.is_empty()
+    }
+
+    /// Reads what a monitor printed: a `name=value` a line. Names this version does not know are skipped.
+    fn parse(text: &str) -> Self {
+        let mut probe = Self::default();
+        for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
+            let error = || (value != "ok").then(|| value.to_owned());
+            match name {
+                "kvm.open" => probe.open_error = error(),
+                "kvm.create_vm" => probe.create_error = error(),
+                "kvm.max_vcpus" => probe.max_vcpus = value.parse().ok(),
+                "host.pvm" => probe.pvm = value == "yes",
+                "kvm.missing" => {
+                    let mut parts = value.split('\t').map(ToOwned::to_owned);
+                    let mut part = || parts.next().unwrap_or_default();
+                    probe.missing.push(Missing { name: part(), why: part(), fix: part() });
+                }
+                _ => {}
+            }
+        }
+        probe
+    }
+}
+
+/// Asks a monitor program what this host can do. Makes the smallest machine for a moment.
+///
+/// # Errors
+/// [`MonitorError::Spawn`] when the program cannot be run, or is no monitor.
+pub async fn probe(program: &MonitorProgram) -> Result<Probe, MonitorError> {
+    let failed = |source| MonitorError::Spawn { path: program.path().into(), source };
+    let mut command = std::process::Command::new(program.path());
+    command.arg0(MONITOR_NAME).arg(PROBE_ARGUMENT).stdin(Stdio::null()).stderr(Stdio::null());
+    let mut command = tokio::process::Command::from(command);
+    let output = tokio::time::timeout(PROBE_LIMIT, command.kill_on_drop(true).output())
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        .map_err(failed)?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    if !text.lines().any(|line| line.starts_with("kvm.open=")) {
+        return Err(failed(io::Error::other("it is no monitor: it did not answer a probe")));
+    }
+    Ok(Probe::parse(&text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_works_has_no_errors() {
+        let probe =
+            Probe::parse("host.pvm=yes\nkvm.open=ok\nkvm.max_vcpus=1024\nkvm.create_vm=ok\nnew.fact=x\n");
+        assert!(probe.works());
+        assert_eq!(probe, Probe { pvm: true, max_vcpus: Some(1024), ..Probe::default() });
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_its_reason() {
+        let probe = Probe::parse("kvm.open=ok\nkvm.missing=KVM_CAP_X\tfor y\tdo z\nkvm.create_vm=ok\n");
+        let missing = Missing { name: "KVM_CAP_X".into(), why: "for y".into(), fix: "do z".into() };
+        assert_eq!(probe.missing, [missing]);
+        assert!(!probe.works());
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_no_monitor_is_refused() {
+        let outcome = probe(&MonitorProgram::at("/bin/true")).await;
+        assert!(matches!(outcome, Err(MonitorError::Spawn { .. })), "{outcome:?}");
+    }
+}
