@@ -2,9 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+pub mod http;
 pub mod image;
 pub mod layout;
 pub mod nasty;
+pub mod registry;
 pub mod tar;
 mod tool;
 
