@@ -218,3 +218,143 @@ impl<K: kiln_hypervisor::Kick> Drop for EndOnPanic<'_, K> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use kiln_hypervisor::{Answer, Event, InternalError, Scripted, Step};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::shell::Shape;
+
+    fn start(scripted: &Scripted, vcpus: u32, observer: Observer) -> Machine<Scripted> {
+        let shell = Shell::create(scripted, Shape::new(64, vcpus).expect("a shape")).expect("a shell");
+        let console = Console::new(None).expect("a console");
+        let entry = EntryState::for_tests();
+        Machine::start(shell, &entry, console, Vec::new(), observer).expect("it starts")
+    }
+
+    fn run(scripts: Vec<Vec<Step>>) -> (End, Vec<Event>) {
+        let vcpus = scripts.len() as u32;
+        let scripted = Scripted::new(scripts);
+        let (end, _) = start(&scripted, vcpus, Box::new(|_| {})).wait();
+        (end, scripted.seen())
+    }
+
+    fn power(offset: u64, value: u32) -> Step {
+        Step::MmioWrite { gpa: layout::POWER_PAGE.0 + offset, data: value.to_le_bytes().into() }
+    }
+
+    #[test]
+    fn every_way_a_vcpu_cannot_go_on_is_a_crash_that_names_it() {
+        let emulation = InternalError { suberror: 1, ..InternalError::default() };
+        for (step, part) in [
+            (Step::Shutdown, "triple fault"),
+            (Step::InternalError(emulation), "cannot emulate"),
+            (Step::FailedEntry { reason: 0x21 }, "reason 0x21"),
+            (Step::Unknown(99), "KVM exit 99"),
+            (Step::Fail(14), "Bad address"),
+        ] {
+            let (end, _) = run(vec![vec![], vec![step]]);
+            assert_eq!(end.reason, EndReason::Crash, "{end:?}");
+            assert!(end.detail.starts_with("vCPU 1: "), "{end:?}");
+            assert!(end.detail.contains(part), "{end:?}");
+            assert!(end.detail.contains("RIP 0x"), "{end:?}");
+        }
+    }
+
+    #[test]
+    fn one_vcpu_ends_all_the_others() {
+        // Fifteen of them wait for ever.
+        let mut scripts = vec![Vec::new(); 16];
+        scripts[7] = vec![power(0, 0)];
+        assert_eq!(run(scripts).0.reason, EndReason::PowerOff);
+    }
+
+    #[test]
+    fn the_first_end_counts() {
+        let (end, _) = run(vec![vec![power(0, 5), power(0, 6), Step::Shutdown]]);
+        assert_eq!((end.reason, end.detail.as_str()), (EndReason::PowerOff, "code 5"));
+    }
+
+    #[test]
+    fn a_stop_ends_idle_vcpus() {
+        let scripted = Scripted::new(Vec::new());
+        let machine = start(&scripted, 4, Box::new(|_| {}));
+        machine.stop();
+        assert_eq!(machine.wait().0.reason, EndReason::Stopped);
+    }
+
+    #[test]
+    fn a_dropped_machine_leaves_no_thread() {
+        let (sender, ended) = mpsc::channel::<()>();
+        let observer = Box::new(move |_| drop(sender.clone()));
+        drop(start(&Scripted::new(Vec::new()), 4, observer));
+        // The observer, and with it the sender, was dropped by the last thread.
+        assert!(ended.recv().is_err());
+    }
+
+    #[test]
+    fn power_registers_are_words() {
+        let at = layout::POWER_PAGE.0;
+        let wrong = [
+            Step::MmioWrite { gpa: at, data: vec![0] },
+            Step::MmioWrite { gpa: at, data: vec![0; 8] },
+            Step::MmioWrite { gpa: at + 1, data: vec![0; 4] },
+            Step::MmioWrite { gpa: at + 0x10, data: vec![0; 4] },
+            Step::MmioRead { gpa: at + 0xc, size: 2 },
+            Step::MmioRead { gpa: at + 0xc, size: 4 },
+        ];
+        let script = wrong.into_iter().chain([power(0, 9)]).collect();
+        let (end, seen) = run(vec![script]);
+        assert_eq!(end.detail, "code 9");
+        let answers = [b"\xff\xff".to_vec(), b"KILN".to_vec()];
+        assert_eq!(seen, answers.map(|data| Event::Answered(Answer { vcpu: 0, data })));
+    }
+
+    /// Exits of a guest that may do anything but end the machine.
+    fn any_access() -> impl Strategy<Value = Step> {
+        let gpa = prop_oneof![
+            4 => (0_u64..24, 0_u64..0x1000)
+                .prop_map(|(window, offset)| layout::POWER_PAGE.0 + 0x1000 + window * 0x1000 + offset),
+            2 => (0_u64..0x1000).prop_map(|offset| layout::IOAPIC.0 + offset),
+            1 => any::<u64>().prop_filter("not the power page", |gpa| gpa & !0xfff != layout::POWER_PAGE.0),
+        ];
+        let port = prop_oneof![3 => 0x3f8_u16..0x400, 1 => any::<u16>()]
+            .prop_filter("not a reset", |port| ![0x64, 0xcf9].contains(port));
+        let data = prop::collection::vec(any::<u8>(), 1..=8);
+        prop_oneof![
+            (gpa.clone(), data.clone()).prop_map(|(gpa, data)| Step::MmioWrite { gpa, data }),
+            (gpa, 1_usize..=8).prop_map(|(gpa, size)| Step::MmioRead { gpa, size }),
+            (port.clone(), data).prop_map(|(port, data)| Step::PortWrite { port, data }),
+            (port, 1_usize..=64).prop_map(|(port, size)| Step::PortRead { port, size }),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+
+        #[test]
+        fn whatever_a_guest_accesses_the_machine_goes_on(
+            mut script in prop::collection::vec(any_access(), 0..400),
+        ) {
+            let reads = script
+                .iter()
+                .filter(|step| matches!(step, Step::MmioRead { .. } | Step::PortRead { .. }))
+                .count();
+            script.push(power(0, 123));
+            let scripted = Scripted::new(vec![script]);
+            let shell = Shell::create(&scripted, Shape::new(64, 1).expect("a shape")).expect("a shell");
+            let virtio: Vec<Box<dyn Device>> = (0..3).map(|_| Box::new(kiln_virtio::Rng::new()) as _).collect();
+            let console = Console::new(None).expect("a console");
+            let observer = Box::new(|_| {});
+            let machine = Machine::start(shell, &EntryState::for_tests(), console, virtio, observer).expect("starts");
+            let (end, _) = machine.wait();
+            prop_assert_eq!(end.detail, "code 123");
+            let answered = scripted.seen().iter().filter(|event| matches!(event, Event::Answered(_))).count();
+            prop_assert_eq!(answered, reads);
+        }
+    }
+}

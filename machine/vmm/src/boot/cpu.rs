@@ -64,6 +64,12 @@ impl EntryState {
         Self { registers, mode: Mode::Long }
     }
 
+    /// A state for a vCPU that executes nothing.
+    #[cfg(test)]
+    pub(crate) fn for_tests() -> Self {
+        Self::protected_mode(layout::KERNEL_START)
+    }
+
     /// Sets `vcpu` to this state.
     ///
     /// # Errors

@@ -183,7 +183,7 @@ proptest! {
         let memory = GuestMemory::new(MEMORY_BYTES).expect("a mapping");
         // Good or bad, it ends; and the memory the tables go to is as it was.
         let _ = boot::load_kernel(&memory, &file(&bytes));
-        let mut low = vec![0; LOAD as usize];
+        let mut low = vec![0; 0x2_1000];
         memory.read(Gpa(0), &mut low).expect("RAM");
         prop_assert!(low.iter().all(|byte| *byte == 0));
     }

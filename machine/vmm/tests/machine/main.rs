@@ -6,5 +6,6 @@
 mod exits;
 mod guest;
 mod kernel_files;
+mod linux;
 mod monitor;
 mod start;
