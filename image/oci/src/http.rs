@@ -328,18 +328,20 @@ fn failed(url: &Uri, kind: HttpErrorKind, why: String) -> HttpError {
     HttpError { host: host_of(url), why: plain(why), kind }
 }
 
+/// Looks for an error of TLS among the causes. An I/O error is asked for what it wraps: its `source` skips that.
 fn kind_of(error: &(dyn std::error::Error + 'static)) -> HttpErrorKind {
     let mut cause = Some(error);
     while let Some(error) = cause {
-        let tls = error
-            .downcast_ref::<rustls::Error>()
-            .or_else(|| error.downcast_ref::<std::io::Error>()?.get_ref()?.downcast_ref::<rustls::Error>());
-        match tls {
+        match error.downcast_ref::<rustls::Error>() {
             Some(rustls::Error::InvalidCertificate(_)) => return HttpErrorKind::Certificate,
             Some(rustls::Error::InvalidMessage(_)) => return HttpErrorKind::NotTls,
             Some(_) => return HttpErrorKind::Final,
-            None => cause = error.source(),
+            None => {}
         }
+        cause = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
     }
     HttpErrorKind::Transient
 }

@@ -84,7 +84,16 @@ fn parse(text: &str) -> Result<Reference, String> {
         None => (text, None),
     };
     let (registry, path) = match rest.split_once('/') {
-        Some((first, path)) if is_registry(first) => (check_registry(first)?, path),
+        Some((first, path)) if is_registry(first) => {
+            let registry = check_registry(first)?;
+            // A name by its capitals alone would read as a repository once they are small.
+            if !is_registry(&registry) {
+                return Err(format!(
+                    "{first:?} is neither a registry, which has a dot or a port, nor in small letters"
+                ));
+            }
+            (registry, path)
+        }
         _ => (DEFAULT_REGISTRY.to_owned(), rest),
     };
     let (path, tag) = match path.split_once(':') {
@@ -213,6 +222,12 @@ mod tests {
     use proptest::prelude::*;
 
     const HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    #[test]
+    fn a_registry_by_capitals_alone_is_refused() {
+        assert!("Foo/bar".parse::<Reference>().is_err());
+        assert!("Foo.example/bar".parse::<Reference>().is_ok());
+    }
 
     #[test]
     fn names_mean_what_docker_means() {
