@@ -3,6 +3,8 @@
 //! `KILN_GUEST_DIR` names a folder with `vmlinux` and `initramfs.cpio`, which become part of the binary; without it
 //! the binary looks for a guest when it runs. `KILN_COMMIT` overrides what git says.
 
+#![forbid(unsafe_code)]
+
 use std::env;
 use std::fs;
 use std::path::Path;

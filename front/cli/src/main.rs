@@ -1,5 +1,7 @@
 //! The `kiln` program: the command line, and the monitor of a machine when it is started as one.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 use kiln_cli::Build;

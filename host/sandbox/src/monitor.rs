@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
-use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Happened, Start, Stop};
+use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Happened, Stop};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
@@ -31,6 +31,7 @@ use tokio::task::JoinHandle;
 
 use channel::AsyncChannel;
 pub use end::MachineEnd;
+pub use kiln_control::Start;
 pub use probe::{Missing, Probe, probe};
 
 /// What the monitor program is started as (`argv[0]`), by which a binary that is more than a monitor knows its part.

@@ -1,6 +1,8 @@
 //! The `kiln` program as its users meet it: words, exit codes, and the monitor it also is. No test here boots a guest;
 //! those are in the whole-system tests.
 
+#![forbid(unsafe_code)]
+
 mod monitor;
 mod words;
 

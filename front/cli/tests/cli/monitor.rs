@@ -4,9 +4,8 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
 
-use kiln::monitor::{Monitor, probe};
+use kiln::monitor::{Monitor, Start, probe};
 use kiln::{Blame, MachineEnd, MonitorError, MonitorProgram};
-use kiln_control::Start;
 
 fn program() -> MonitorProgram {
     MonitorProgram::at(env!("CARGO_BIN_EXE_kiln"))
