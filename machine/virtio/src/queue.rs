@@ -431,3 +431,367 @@ fn offset(base: Gpa, bytes: u64) -> Gpa {
 fn passed(event: u16, before: u16, now: u16) -> bool {
     now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{GuestQueue, RawDescriptor};
+    use proptest::prelude::*;
+
+    const ENTRIES: u16 = 8;
+    const RAM_BYTES: u64 = 1 << 20;
+    const BUFFERS: u64 = 0x8000;
+
+    fn ram() -> GuestMemory {
+        GuestMemory::new(RAM_BYTES).expect("mapped")
+    }
+
+    fn pair(event_idx: bool) -> (GuestMemory, GuestQueue, Queue) {
+        let memory = ram();
+        let driver = GuestQueue::new(&memory, Gpa(0x1000), ENTRIES);
+        let queue = Queue::new(&memory, driver.layout(), ENTRIES, event_idx).expect("a sane layout");
+        (memory, driver, queue)
+    }
+
+    fn buffer(at: u64, bytes: usize) -> Span {
+        Span::new(Gpa(BUFFERS + at), bytes)
+    }
+
+    fn descriptor(flags: u16, next: u16) -> RawDescriptor {
+        RawDescriptor { at: BUFFERS, bytes: 16, flags, next }
+    }
+
+    /// What the device makes of one published chain of `descriptors`, from the first on.
+    fn outcome(descriptors: &[RawDescriptor]) -> Result<(), Broken> {
+        let (memory, mut driver, mut queue) = pair(false);
+        for (index, &descriptor) in (0..).zip(descriptors) {
+            driver.write_descriptor(index, descriptor);
+        }
+        driver.publish(0);
+        queue.pop(&memory).map(|chain| assert!(chain.is_some(), "a request was published"))
+    }
+
+    #[test]
+    fn a_request_arrives_and_its_answer_returns() {
+        let (memory, mut driver, mut queue) = pair(false);
+        assert!(queue.pop(&memory).expect("sane").is_none());
+        let head = driver.submit(&[buffer(0, 3), buffer(8, 5)], &[buffer(64, 7)]).expect("free descriptors");
+        let chain = queue.pop(&memory).expect("sane").expect("a request");
+        assert_eq!(chain.readable(), [buffer(0, 3), buffer(8, 5)]);
+        assert_eq!(chain.writable(), [buffer(64, 7)]);
+        assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (8, 7));
+        assert_eq!(driver.take_used(), None);
+        queue.push(&memory, chain, 6).expect("RAM");
+        assert_eq!(driver.take_used(), Some((head, 6)));
+    }
+
+    #[test]
+    fn indices_wrap() {
+        let (memory, mut driver, mut queue) = pair(false);
+        for round in 0..70_000_u32 {
+            let head = driver.submit(&[buffer(0, 1)], &[]).expect("a free descriptor");
+            let chain = queue.pop(&memory).expect("sane").expect("a request");
+            queue.push(&memory, chain, 0).expect("RAM");
+            assert_eq!(driver.take_used(), Some((head, 0)), "round {round}");
+        }
+    }
+
+    #[test]
+    fn a_chain_as_long_as_the_queue_is_taken() {
+        let (memory, mut driver, mut queue) = pair(false);
+        let all: Vec<_> = (0..u64::from(ENTRIES)).map(|n| buffer(n * 64, 64)).collect();
+        driver.submit(&all[..3], &all[3..]).expect("all descriptors");
+        let chain = queue.pop(&memory).expect("sane").expect("a request");
+        assert_eq!((chain.readable().len(), chain.writable().len()), (3, 5));
+    }
+
+    #[test]
+    fn chain_longer_than_queue_is_refused() {
+        // The only way to be longer is to come back.
+        let mut ring: Vec<_> = (1..=ENTRIES).map(|next| descriptor(DESC_F_NEXT, next % ENTRIES)).collect();
+        assert_eq!(outcome(&ring), Err(Broken::DescriptorInUse { index: 0 }));
+        ring[usize::from(ENTRIES) - 1].flags = 0;
+        assert_eq!(outcome(&ring), Ok(()));
+    }
+
+    #[test]
+    fn a_descriptor_that_follows_itself_is_refused() {
+        assert_eq!(outcome(&[descriptor(DESC_F_NEXT, 0)]), Err(Broken::DescriptorInUse { index: 0 }));
+    }
+
+    #[test]
+    fn a_next_past_the_table_is_refused() {
+        let chain = [descriptor(DESC_F_NEXT, ENTRIES)];
+        assert_eq!(outcome(&chain), Err(Broken::DescriptorIndex { index: ENTRIES }));
+    }
+
+    #[test]
+    fn a_head_past_the_table_is_refused() {
+        let (memory, mut driver, mut queue) = pair(false);
+        driver.publish(u16::MAX);
+        assert_eq!(queue.pop(&memory).map(drop), Err(Broken::DescriptorIndex { index: u16::MAX }));
+    }
+
+    #[test]
+    fn readable_after_writable_is_refused() {
+        let chain = [descriptor(DESC_F_NEXT | DESC_F_WRITE, 1), descriptor(0, 0)];
+        assert_eq!(outcome(&chain), Err(Broken::DescriptorFlags { index: 1 }));
+    }
+
+    #[test]
+    fn an_indirect_table_is_refused() {
+        assert_eq!(outcome(&[descriptor(DESC_F_INDIRECT, 0)]), Err(Broken::DescriptorFlags { index: 0 }));
+    }
+
+    #[test]
+    fn buffers_outside_ram_are_refused() {
+        for (at, bytes) in [
+            (RAM_BYTES, 1),
+            (RAM_BYTES - 1, 2),
+            (u64::MAX, 1),
+            (u64::MAX, u32::MAX),
+            (u64::MAX - 0xffff, 0x1_0000),
+            (0, u32::MAX),
+            (0xd000_0000, 4),
+        ] {
+            let result = outcome(&[RawDescriptor { at, bytes, flags: 0, next: 0 }]);
+            assert!(matches!(result, Err(Broken::OutOfRange(_))), "{at:#x}+{bytes:#x}: {result:?}");
+        }
+    }
+
+    #[test]
+    fn more_than_4_gib_in_one_chain_is_refused() {
+        let memory = GuestMemory::new(3 << 30).expect("mapped");
+        let driver_queue = |flags_of_second| {
+            let mut driver = GuestQueue::new(&memory, Gpa(0x1000), ENTRIES);
+            let mut queue = Queue::new(&memory, driver.layout(), ENTRIES, false).expect("a sane layout");
+            let big = |flags, next| RawDescriptor { at: 0, bytes: 0xb000_0000, flags, next };
+            driver.write_descriptor(0, big(DESC_F_NEXT, 1));
+            driver.write_descriptor(1, big(flags_of_second, 0));
+            driver.publish(0);
+            queue.pop(&memory).map(drop)
+        };
+        assert_eq!(driver_queue(0), Err(Broken::ChainTooLong));
+        assert_eq!(driver_queue(DESC_F_WRITE), Err(Broken::ChainTooLong));
+    }
+
+    #[test]
+    fn two_requests_cannot_share_a_descriptor() {
+        let (memory, mut driver, mut queue) = pair(false);
+        driver.write_descriptor(0, descriptor(DESC_F_NEXT, 2));
+        driver.write_descriptor(1, descriptor(DESC_F_NEXT, 2));
+        driver.write_descriptor(2, descriptor(0, 0));
+        driver.publish(0);
+        driver.publish(1);
+        let first = queue.pop(&memory).expect("sane").expect("a request");
+        assert_eq!(queue.pop(&memory).map(drop), Err(Broken::DescriptorInUse { index: 2 }));
+        queue.push(&memory, first, 0).expect("RAM");
+        assert!(queue.pop(&memory).expect("free again").is_some());
+    }
+
+    #[test]
+    fn the_same_head_twice_is_refused() {
+        let (memory, mut driver, mut queue) = pair(false);
+        driver.write_descriptor(3, descriptor(0, 0));
+        driver.publish(3);
+        driver.publish(3);
+        let _first = queue.pop(&memory).expect("sane").expect("a request");
+        assert_eq!(queue.pop(&memory).map(drop), Err(Broken::DescriptorInUse { index: 3 }));
+    }
+
+    #[test]
+    fn an_available_index_that_jumps_is_refused() {
+        let (memory, mut driver, mut queue) = pair(false);
+        driver.write_available_index(ENTRIES);
+        assert_eq!(queue.waiting(&memory), Ok(ENTRIES));
+        for claimed in [ENTRIES + 1, 0x8000, u16::MAX] {
+            driver.write_available_index(claimed);
+            assert_eq!(queue.pop(&memory).map(drop), Err(Broken::AvailableIndex { seen: 0, claimed }));
+            assert_eq!(queue.enable_kicks(&memory), Err(Broken::AvailableIndex { seen: 0, claimed }));
+        }
+    }
+
+    #[test]
+    fn a_chain_put_back_comes_again() {
+        let (memory, mut driver, mut queue) = pair(false);
+        let head = driver.submit(&[buffer(0, 1)], &[]).expect("a free descriptor");
+        driver.submit(&[buffer(1, 1)], &[]).expect("a free descriptor");
+        let first = queue.pop(&memory).expect("sane").expect("a request");
+        let second = queue.pop(&memory).expect("sane").expect("a request");
+        queue.put_back(second);
+        queue.put_back(first);
+        let again = queue.pop(&memory).expect("sane").expect("the first");
+        queue.push(&memory, again, 0).expect("RAM");
+        assert_eq!(driver.take_used(), Some((head, 0)));
+        assert_eq!(queue.waiting(&memory), Ok(1));
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        let memory = ram();
+        let layout = GuestQueue::new(&memory, Gpa(0x1000), ENTRIES).layout();
+        for entries in [0, 3, 6, 7, 9, 16, 256, 0x1_0000, 0x1_0008, 0x8000_0000, u32::MAX] {
+            let layout = QueueLayout { entries, ..layout };
+            let result = Queue::new(&memory, layout, ENTRIES, false).map(drop);
+            assert_eq!(result, Err(Broken::QueueSize { entries }));
+        }
+    }
+
+    #[test]
+    fn rings_that_are_misaligned_overlapping_or_outside_ram_are_refused() {
+        let memory = ram();
+        let good = GuestQueue::new(&memory, Gpa(0x1000), ENTRIES).layout();
+        let attempt = |layout| Queue::new(&memory, layout, ENTRIES, false).map(drop);
+        assert_eq!(attempt(good), Ok(()));
+        let misplaced = [
+            QueueLayout { descriptors: Gpa(0x1008), ..good },
+            QueueLayout { available: Gpa(good.available.0 + 1), ..good },
+            QueueLayout { used: Gpa(good.used.0 + 2), ..good },
+            QueueLayout { available: good.descriptors, ..good },
+            QueueLayout { used: Gpa(good.descriptors.0 + 16 * u64::from(ENTRIES) - 4), ..good },
+            QueueLayout { used: good.available, ..good },
+        ];
+        for layout in misplaced {
+            assert_eq!(attempt(layout), Err(Broken::QueueLayout), "{layout:?}");
+        }
+        let outside = [
+            QueueLayout { descriptors: Gpa(RAM_BYTES - 16), ..good },
+            QueueLayout { available: Gpa(RAM_BYTES - 4), ..good },
+            QueueLayout { used: Gpa(u64::MAX - 3), ..good },
+            QueueLayout { descriptors: Gpa(u64::MAX - 15), ..good },
+        ];
+        for layout in outside {
+            assert!(matches!(attempt(layout), Err(Broken::OutOfRange(_))), "{layout:?}");
+        }
+    }
+
+    #[test]
+    fn without_event_indices_flags_suppress_interrupts_and_kicks() {
+        let (memory, mut driver, mut queue) = pair(false);
+        let answer = |driver: &mut GuestQueue, queue: &mut Queue| {
+            driver.submit(&[buffer(0, 1)], &[]).expect("a free descriptor");
+            let chain = queue.pop(&memory).expect("sane").expect("a request");
+            queue.push(&memory, chain, 0).expect("RAM");
+            driver.take_used().expect("an answer");
+            queue.wants_interrupt(&memory).expect("RAM")
+        };
+        assert!(answer(&mut driver, &mut queue));
+        assert!(!queue.wants_interrupt(&memory).expect("RAM"), "nothing new");
+        driver.write_available_flags(1);
+        assert!(!answer(&mut driver, &mut queue));
+        queue.disable_kicks(&memory).expect("RAM");
+        assert!(driver.kicks_are_disabled());
+        assert!(!queue.enable_kicks(&memory).expect("sane"), "nothing waits");
+        assert!(!driver.kicks_are_disabled());
+        driver.submit(&[buffer(0, 1)], &[]).expect("a free descriptor");
+        assert!(queue.enable_kicks(&memory).expect("sane"), "one came in between");
+    }
+
+    #[test]
+    fn event_indices_ask_for_an_interrupt_at_a_threshold() {
+        let (memory, mut driver, mut queue) = pair(true);
+        let answer = |driver: &mut GuestQueue, queue: &mut Queue, count: u16| {
+            for _ in 0..count {
+                driver.submit(&[buffer(0, 1)], &[]).expect("a free descriptor");
+                let chain = queue.pop(&memory).expect("sane").expect("a request");
+                queue.push(&memory, chain, 0).expect("RAM");
+                driver.take_used().expect("an answer");
+            }
+            queue.wants_interrupt(&memory).expect("RAM")
+        };
+        driver.write_used_event(2);
+        assert!(!answer(&mut driver, &mut queue, 2), "used index 2 is not past 2");
+        assert!(answer(&mut driver, &mut queue, 1));
+        assert!(!answer(&mut driver, &mut queue, 5), "the threshold is behind");
+        driver.write_used_event(10);
+        assert!(answer(&mut driver, &mut queue, 6), "a batch went past it");
+        assert!(!queue.enable_kicks(&memory).expect("sane"));
+        assert_eq!(driver.available_event(), 14);
+    }
+
+    #[test]
+    fn a_threshold_is_passed_across_the_wrap() {
+        assert!(passed(0, 0, 1));
+        assert!(!passed(1, 0, 1));
+        assert!(passed(u16::MAX, u16::MAX, 0));
+        assert!(passed(u16::MAX, u16::MAX - 3, 2));
+        assert!(!passed(2, u16::MAX - 3, 2));
+        assert!(!passed(5, 5, 5));
+    }
+
+    fn any_descriptor() -> impl Strategy<Value = RawDescriptor> {
+        let at = prop_oneof![0..RAM_BYTES, any::<u64>(), RAM_BYTES - 64..RAM_BYTES + 64];
+        let bytes = prop_oneof![0..4096_u32, any::<u32>()];
+        let flags = prop_oneof![4 => 0..4_u16, 1 => any::<u16>()];
+        let next = prop_oneof![8 => 0..ENTRIES, 1 => any::<u16>()];
+        (at, bytes, flags, next).prop_map(|(at, bytes, flags, next)| RawDescriptor { at, bytes, flags, next })
+    }
+
+    proptest! {
+        /// Whatever the table says: a chain that is taken is inside RAM and honest about its sums, no descriptor is in
+        /// two of them, and anything else is refused without a panic.
+        #[test]
+        fn whatever_is_taken_is_sane(
+            table in prop::collection::vec(any_descriptor(), usize::from(ENTRIES)),
+            heads in prop::collection::vec(prop_oneof![8 => 0..ENTRIES, 1 => any::<u16>()], 1..12),
+            index in prop_oneof![4 => Just(None), 1 => any::<u16>().prop_map(Some)],
+        ) {
+            let (memory, mut driver, mut queue) = pair(true);
+            for (index, descriptor) in (0..).zip(table) {
+                driver.write_descriptor(index, descriptor);
+            }
+            for head in heads {
+                driver.publish(head);
+            }
+            if let Some(index) = index {
+                driver.write_available_index(index);
+            }
+            let mut taken = Vec::new();
+            while let Ok(Some(chain)) = queue.pop(&memory) {
+                let sum = |spans: &[Span]| spans.iter().map(|span| span.bytes as u64).sum::<u64>();
+                prop_assert_eq!(sum(chain.readable()), u64::from(chain.readable_bytes()));
+                prop_assert_eq!(sum(chain.writable()), u64::from(chain.writable_bytes()));
+                prop_assert!(chain.readable().len() + chain.writable().len() <= usize::from(ENTRIES));
+                for &span in chain.readable().iter().chain(chain.writable()) {
+                    prop_assert_eq!(memory.check(span), Ok(()));
+                }
+                taken.push(chain);
+            }
+            let spans: usize = taken.iter().map(|chain| chain.readable().len() + chain.writable().len()).sum();
+            prop_assert!(spans <= usize::from(ENTRIES), "a descriptor is in two chains");
+            for chain in taken {
+                prop_assert_eq!(queue.push(&memory, chain, 0), Ok(()));
+            }
+            prop_assert_eq!(queue.in_flight, DescriptorSet::default());
+        }
+
+        /// An honest driver gets every request answered exactly once, whatever the interleaving.
+        #[test]
+        fn an_honest_driver_loses_nothing(steps in prop::collection::vec(0..3_u8, 1..300), event_idx: bool) {
+            let (memory, mut driver, mut queue) = pair(event_idx);
+            let (mut submitted, mut answered) = (Vec::new(), Vec::new());
+            let mut held = Vec::new();
+            for step in steps {
+                match step {
+                    0 => submitted.extend(driver.submit(&[buffer(0, 4)], &[buffer(8, 4)])),
+                    1 => held.extend(queue.pop(&memory).expect("sane")),
+                    _ if !held.is_empty() => {
+                        // The newest first: answers need no order.
+                        let chain = held.pop().expect("not empty");
+                        queue.push(&memory, chain, 4).expect("RAM");
+                        answered.extend(driver.take_used().map(|(head, _)| head));
+                    }
+                    _ => {}
+                }
+            }
+            held.extend(std::iter::from_fn(|| queue.pop(&memory).expect("sane")));
+            for chain in held {
+                queue.push(&memory, chain, 4).expect("RAM");
+            }
+            answered.extend(std::iter::from_fn(|| driver.take_used().map(|(head, _)| head)));
+            submitted.sort_unstable();
+            answered.sort_unstable();
+            prop_assert_eq!(submitted, answered);
+        }
+    }
+}

@@ -372,3 +372,304 @@ fn set_low(address: &mut Gpa, value: u32) {
 fn set_high(address: &mut Gpa, value: u32) {
     address.0 = address.0 & 0xffff_ffff | u64::from(value) << 32;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Driver, Raised};
+    use proptest::prelude::*;
+    use std::io;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A device that does nothing but count.
+    #[derive(Default)]
+    struct Recorder {
+        seen: Arc<Seen>,
+        session: Option<Session>,
+    }
+
+    #[derive(Default)]
+    struct Seen {
+        starts: AtomicUsize,
+        stops: AtomicUsize,
+        kicks: AtomicUsize,
+        config_writes: AtomicUsize,
+    }
+
+    const FEATURES: u64 = 0b101;
+
+    impl Device for Recorder {
+        fn device_type(&self) -> u32 {
+            42
+        }
+        fn features(&self) -> u64 {
+            FEATURES
+        }
+        fn queue_entries(&self) -> &'static [u16] {
+            &[16, 256]
+        }
+        fn read_config(&self, offset: u64, data: &mut [u8]) {
+            for (at, byte) in (offset..).zip(data).filter(|(at, _)| *at < 6) {
+                *byte = at as u8 + 1;
+            }
+        }
+        fn write_config(&mut self, _offset: u64, _data: &[u8]) {
+            self.seen.config_writes.fetch_add(1, Ordering::Relaxed);
+        }
+        fn start(&mut self, session: Session) -> io::Result<()> {
+            assert!(self.session.is_none(), "started twice");
+            assert_eq!(session.queues.len(), 2);
+            self.seen.starts.fetch_add(1, Ordering::Relaxed);
+            self.session = Some(session);
+            Ok(())
+        }
+        fn kick(&self, queue: u16) {
+            assert!(self.session.is_none() || queue < 2, "a queue that is not there");
+            self.seen.kicks.fetch_add(1, Ordering::Relaxed);
+        }
+        fn stop(&mut self) -> Option<Session> {
+            let session = self.session.take();
+            self.seen.stops.fetch_add(usize::from(session.is_some()), Ordering::Relaxed);
+            session
+        }
+    }
+
+    fn attach() -> (Driver, Arc<Seen>) {
+        let device = Recorder::default();
+        let seen = Arc::clone(&device.seen);
+        (Driver::attach(Box::new(device), 4 << 20), seen)
+    }
+
+    fn count(counter: &AtomicUsize) -> usize {
+        counter.load(Ordering::Relaxed)
+    }
+
+    const ALL: u64 = FEATURES | VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX;
+
+    #[test]
+    fn the_page_says_what_it_is() {
+        let (driver, _) = attach();
+        let words = [0x0, 0x4, 0x8].map(|offset| driver.read(offset));
+        assert_eq!(words, [0x7472_6976, 2, 42]);
+        assert_eq!(driver.offered(), ALL);
+        driver.write(0x14, 2);
+        assert_eq!(driver.read(0x10), 0, "no features past bit 63");
+        assert_eq!(driver.read(0xb0), u32::MAX, "no shared memory");
+    }
+
+    #[test]
+    fn a_driver_that_follows_the_steps_starts_the_device() {
+        let (mut driver, seen) = attach();
+        driver.bring_up(ALL);
+        assert_eq!((driver.read(0x70), count(&seen.starts)), (15, 1));
+        driver.kick(0);
+        driver.kick(1);
+        driver.kick(2);
+        driver.kick(u32::MAX);
+        assert_eq!(count(&seen.kicks), 2);
+        driver.write(0x70, 0);
+        assert_eq!((driver.read(0x70), count(&seen.stops)), (0, 1));
+        driver.bring_up(ALL);
+        assert_eq!((driver.read(0x70), count(&seen.starts)), (15, 2));
+    }
+
+    #[test]
+    fn dropping_the_transport_stops_the_device() {
+        let (mut driver, seen) = attach();
+        driver.bring_up(ALL);
+        drop(driver);
+        assert_eq!(count(&seen.stops), 1);
+    }
+
+    #[test]
+    fn features_never_offered_are_refused() {
+        for features in [ALL | 2, ALL | 1 << 63, ALL | 1 << 28, FEATURES] {
+            let (mut driver, seen) = attach();
+            driver.bring_up(features);
+            assert_eq!(driver.read(0x70) & 8, 0, "{features:#x}");
+            assert_eq!(count(&seen.starts), 0);
+        }
+    }
+
+    #[test]
+    fn features_past_the_last_word_are_refused() {
+        let (driver, _) = attach();
+        driver.write(0x70, 1);
+        driver.write(0x70, 3);
+        driver.write(0x24, 1);
+        driver.write(0x20, 1);
+        driver.write(0x24, 2);
+        driver.write(0x20, 1);
+        driver.write(0x70, 11);
+        assert_eq!(driver.read(0x70), 3);
+    }
+
+    #[test]
+    fn features_are_settled_once_accepted() {
+        let (mut driver, seen) = attach();
+        driver.bring_up(VIRTIO_F_VERSION_1);
+        driver.write(0x24, 0);
+        driver.write(0x20, u32::MAX);
+        assert_eq!((driver.read(0x70), count(&seen.starts)), (15, 1));
+    }
+
+    #[test]
+    fn steps_cannot_be_skipped() {
+        let (driver, seen) = attach();
+        driver.write(0x70, 4);
+        assert_eq!(driver.read(0x70), 0);
+        driver.write(0x70, 2);
+        assert_eq!(driver.read(0x70), 0);
+        driver.write(0x70, 1 | 8);
+        assert_eq!(driver.read(0x70), 1);
+        driver.kick(0);
+        assert_eq!((count(&seen.starts), count(&seen.kicks)), (0, 0));
+    }
+
+    #[test]
+    fn a_queue_of_an_impossible_size_breaks_the_device() {
+        for entries in [0_u32, 3, 17, 32, u32::MAX] {
+            let (driver, _) = attach();
+            for status in [1, 3] {
+                driver.write(0x70, status);
+            }
+            driver.write(0x24, 1);
+            driver.write(0x20, 1);
+            driver.write(0x70, 11);
+            driver.write(0x38, entries);
+            driver.write(0x44, 1);
+            assert_eq!(driver.read(0x44), 0, "{entries}");
+            assert!(driver.needs_reset());
+            assert_eq!(driver.read(0x60), 2, "the driver is told");
+            assert_eq!(driver.transport.fault(), Some(Broken::QueueSize { entries }));
+            driver.write(0x70, 0);
+            assert_eq!((driver.read(0x70), driver.read(0x60)), (0, 0), "a reset heals it");
+        }
+    }
+
+    #[test]
+    fn a_missing_queue_breaks_the_device() {
+        let (driver, seen) = attach();
+        for status in [1, 3] {
+            driver.write(0x70, status);
+        }
+        driver.write(0x24, 1);
+        driver.write(0x20, 1);
+        driver.write(0x70, 11);
+        driver.write(0x70, 15);
+        assert!(driver.needs_reset());
+        assert_eq!(driver.transport.fault(), Some(Broken::QueueMissing { index: 0 }));
+        assert_eq!(count(&seen.starts), 0);
+    }
+
+    #[test]
+    fn a_running_device_keeps_its_queues() {
+        let (mut driver, seen) = attach();
+        driver.bring_up(ALL);
+        driver.write(0x30, 0);
+        driver.write(0x38, 3);
+        driver.write(0x80, 0xffff_fff0);
+        driver.write(0x44, 1);
+        assert!(!driver.needs_reset());
+        // Taking one away is allowed, and ends the device.
+        driver.write(0x44, 0);
+        assert_eq!((driver.read(0x44), count(&seen.stops)), (0, 1));
+        assert!(driver.needs_reset());
+    }
+
+    #[test]
+    fn a_driver_that_gives_up_stops_the_device() {
+        let (mut driver, seen) = attach();
+        driver.bring_up(ALL);
+        driver.write(0x70, 128);
+        assert_eq!((driver.read(0x70), count(&seen.stops)), (15 | 128, 1));
+        driver.write(0x70, 15);
+        assert_eq!(count(&seen.starts), 1, "only a reset starts it anew");
+    }
+
+    #[test]
+    fn config_is_read_at_any_width_and_written_only_by_a_driver() {
+        let (mut driver, seen) = attach();
+        let mut bytes = [0xff; 8];
+        driver.transport.read(0x100, &mut bytes);
+        assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 0, 0]);
+        let mut byte = [0xff];
+        driver.transport.read(0x105, &mut byte);
+        assert_eq!(byte, [6]);
+        driver.transport.read(0xfff, &mut byte);
+        assert_eq!(byte, [0]);
+        driver.transport.write(0x100, &[1]);
+        assert_eq!(count(&seen.config_writes), 0);
+        driver.bring_up(ALL);
+        driver.transport.write(0x100, &[1]);
+        assert_eq!(count(&seen.config_writes), 1);
+    }
+
+    #[test]
+    fn registers_answer_to_aligned_words_only() {
+        let (driver, _) = attach();
+        for (offset, width) in [(0, 1), (0, 2), (0, 8), (2, 4)] {
+            let mut bytes = vec![0xff; width];
+            driver.transport.read(offset, &mut bytes);
+            assert!(bytes.iter().all(|&byte| byte == 0), "{offset} {width}");
+        }
+        driver.transport.write(0x70, &[1]);
+        driver.transport.write(0x70, &[1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(driver.read(0x70), 0);
+    }
+
+    #[test]
+    fn acknowledged_interrupts_are_gone_and_others_stay() {
+        let raised = Arc::new(Raised::default());
+        let signal = Signal::new(Arc::clone(&raised) as Arc<dyn Interrupt>);
+        signal.used();
+        signal.config_changed();
+        assert_eq!((signal.interrupt_status(), signal.config_generation(), raised.count()), (3, 1, 2));
+        signal.acknowledge(1);
+        assert_eq!(signal.interrupt_status(), 2);
+    }
+
+    /// One access: offset, width index, value, and whether it writes. Mostly registers, some of it on the right path.
+    fn access() -> impl Strategy<Value = (u64, usize, u64, bool)> {
+        let known = prop::sample::select(vec![
+            0x10_u64, 0x14, 0x20, 0x24, 0x30, 0x34, 0x38, 0x44, 0x50, 0x60, 0x64, 0x70, 0x80, 0x84, 0x90,
+            0x94, 0xa0, 0xa4, 0xac, 0xb0, 0xfc, 0x100,
+        ]);
+        let offset = prop_oneof![8 => known, 1 => 0..TRANSPORT_BYTES, 1 => any::<u64>()];
+        let value = prop_oneof![
+            prop::sample::select(vec![0_u64, 1, 3, 8, 11, 15, 16, 128, 0x1000, 0x2000, 0x3000, 0x4000]),
+            any::<u64>()
+        ];
+        (offset, prop_oneof![1 => 0..4_usize, 6 => Just(2)], value, prop::bool::weighted(0.8))
+    }
+
+    proptest! {
+        /// Any sequence of accesses: no panic, status bits only in their order, a device that runs only between
+        /// "driver ready" and its end.
+        #[test]
+        fn no_sequence_of_accesses_does_more_than_stop_the_device(
+            ready: bool,
+            accesses in prop::collection::vec(access(), 0..200),
+        ) {
+            let (mut driver, seen) = attach();
+            if ready {
+                driver.bring_up(ALL);
+            }
+            for (offset, width, value, writes) in accesses {
+                let width = 1 << width;
+                let mut bytes = value.to_le_bytes();
+                if writes {
+                    driver.transport.write(offset, &bytes[..width]);
+                } else {
+                    driver.transport.read(offset, &mut bytes[..width]);
+                }
+                let status = driver.read(0x70);
+                let after = |bit, needed| status & bit == 0 || status & needed == needed;
+                prop_assert!(after(2, 1) && after(8, 3) && after(4, 11), "status {status:#x}");
+                prop_assert_eq!(status & 64 != 0, driver.transport.fault().is_some());
+                let running = count(&seen.starts) - count(&seen.stops);
+                prop_assert!(running <= usize::from(status & 4 != 0 && status & 128 == 0));
+            }
+        }
+    }
+}

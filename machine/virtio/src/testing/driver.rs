@@ -38,8 +38,11 @@ impl Raised {
             .changed
             .wait_timeout_while(count, PATIENCE, |count| *count <= seen)
             .expect("no panic while locked");
+        let now = *count;
+        // A panic that held the lock would take the device's thread with it.
+        drop(count);
         assert!(!timeout.timed_out(), "no interrupt came");
-        *count
+        now
     }
 }
 
@@ -146,6 +149,8 @@ impl Driver {
     pub fn wait_used(&mut self, queue: usize) -> (u16, u32) {
         loop {
             let seen = self.raised.count();
+            // With event indices the device interrupts only past the threshold the driver set.
+            self.queues[queue].write_used_event(self.queues[queue].taken());
             if let Some(used) = self.queues[queue].take_used() {
                 return used;
             }
