@@ -61,6 +61,8 @@ struct Stopping {
     asked_by: usize,
     /// When patience ends; `None` once it has.
     grace: Option<OwnedFd>,
+    /// The reaper knows that no command is left.
+    commands_have_ended: bool,
 }
 
 struct Connection {
@@ -370,7 +372,7 @@ impl Agent {
         if self.stopping.is_some() {
             return Err(invalid("the guest is powering off already".into()));
         }
-        self.stopping = Some(Stopping { asked_by: slot, grace: None });
+        self.stopping = Some(Stopping { asked_by: slot, grace: None, commands_have_ended: false });
         let Some(workload) = &self.workload else { return Ok(()) };
         let timer = match power_off.grace_ms.min(MAX_GRACE_MS) {
             0 => None,
@@ -383,7 +385,7 @@ impl Agent {
             Some(_) => workload.ask_to_end(),
             None => workload.end(),
         }
-        self.stopping = Some(Stopping { asked_by: slot, grace: timer });
+        self.stopping = Some(Stopping { asked_by: slot, grace: timer, commands_have_ended: false });
         Ok(())
     }
 
@@ -396,14 +398,23 @@ impl Agent {
 
     /// Ends the power-off once no process is left.
     fn has_stopped(&mut self) -> bool {
-        let Some(stopping) = &self.stopping else { return false };
-        if self.workload.as_ref().is_some_and(|workload| !workload.is_empty()) {
+        let Some(stopping) = &mut self.stopping else { return false };
+        if let Some(workload) = self.workload.as_ref().filter(|workload| !workload.is_empty()) {
+            let runs = |connection: &Connection| match &connection.stage {
+                Stage::Running(session) | Stage::Abandoned(session) => !session.has_ended(),
+                Stage::Asking | Stage::Answered => false,
+            };
+            if !stopping.commands_have_ended && !self.connections.iter().flatten().any(runs) {
+                stopping.commands_have_ended = true;
+                workload.end_with_orphans();
+            }
             return false;
         }
-        if let Some(Some(connection)) = self.connections.get_mut(stopping.asked_by) {
+        let asked_by = stopping.asked_by;
+        if let Some(Some(connection)) = self.connections.get_mut(asked_by) {
             connection.answer(Outcome::Done(Done {}));
             // Best effort: what ends the machine is seen by the host in any case.
-            let _ = connection.send(&self.epoll, stopping.asked_by);
+            let _ = connection.send(&self.epoll, asked_by);
         }
         mounts::settle(self.workload.as_ref().and_then(|workload| workload.place.scratch.as_ref()));
         true

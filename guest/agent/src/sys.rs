@@ -13,7 +13,7 @@ mod page;
 mod random;
 mod vsock;
 
-pub use child::{Child, Ended, Failure, Stage, Start, reap, signal, start, start_reaper};
+pub use child::{Child, END_WITH_ORPHANS, Ended, Failure, Stage, Start, reap, signal, start, start_reaper};
 pub use heap::Heap;
 pub use page::{PowerPage, notice};
 pub use random::add_entropy;

@@ -31,6 +31,8 @@ use crate::{files, mounts};
 
 /// SIGTERM, which every process has the time to act on.
 pub(crate) const SIGTERM: u32 = 15;
+/// The largest signal number.
+const MAX_SIGNAL: u32 = 64;
 /// SIGKILL, which none has.
 pub(crate) const SIGKILL: u32 = 9;
 
@@ -253,6 +255,13 @@ impl Workload {
         }
     }
 
+    /// Says that no command is left that the agent started: the reaper ends when its own, the orphans, have.
+    pub(crate) fn end_with_orphans(&self) {
+        if let First::Reaper(child) = &self.first {
+            let _ = sys::signal(child.pid, false, sys::END_WITH_ORPHANS);
+        }
+    }
+
     /// Ends every process: the kernel kills a namespace with its process 1.
     pub(crate) fn end(&self) {
         if let First::Command(pid) | First::Reaper(Child { pid, .. }) = &self.first {
@@ -267,6 +276,9 @@ impl Workload {
 /// The kernel drops a signal to a process 1 that has set up nothing for it, which makes Ctrl-C of `docker run sleep`
 /// useless. Here the signal does what it would do to any other process.
 pub(crate) fn deliver(pid: Pid, is_first: bool, group: bool, number: u32) -> bool {
+    if !(1..=MAX_SIGNAL).contains(&number) {
+        return false;
+    }
     let _ = sys::signal(pid, group, number);
     if is_first
         && ends_a_process(number)

@@ -26,6 +26,13 @@ const CLONE_NEWPID: usize = 0x2000_0000;
 const SIGTERM: usize = 15;
 const SIGCHLD: usize = 17;
 
+/// The signal that has a reaper end once it has no child left. It has no other meaning to a virtual machine.
+pub const END_WITH_ORPHANS: u32 = 30;
+/// What a reaper acts on, as a signal set: SIGTERM, which it hands on to all, and [`END_WITH_ORPHANS`]. Of the two the
+/// kernel delivers the smaller first.
+static ORDERS: u64 = 1 << (SIGTERM - 1) | 1 << (END_WITH_ORPHANS - 1);
+const SET_BYTES: usize = size_of::<u64>();
+
 /// What a child's stack may take between clone and exec: a few frames and a copy of a path.
 const STACK_BYTES: usize = 32 << 10;
 
@@ -134,8 +141,8 @@ pub fn start(start: &Start<'_>, new_namespace: bool) -> Result<Child, Failure> {
     }
 }
 
-/// Starts process 1 of a new PID namespace: it collects the orphans there and, told to stop by SIGTERM from the agent,
-/// hands SIGTERM on to all and ends when they have.
+/// Starts process 1 of a new PID namespace: it collects the orphans there, hands SIGTERM on to all when the agent sends
+/// it, and ends with the last orphan when the agent sends [`END_WITH_ORPHANS`].
 ///
 /// # Errors
 /// What clone(2) reports.
@@ -279,40 +286,46 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
 extern "C" fn run_reaper(_: *mut c_void) -> ! {
     /// Ignoring SIGCHLD makes the kernel reap every child at once: orphans cost this process no instruction.
     static IGNORE: [usize; 4] = [1, 0, 0, 0];
-    static TERMINATE: u64 = 1 << (SIGTERM - 1);
-    const SET_BYTES: usize = size_of::<u64>();
     const SIG_BLOCK: usize = 0;
-    let (ignore, terminate) =
-        ((&raw const IGNORE).expose_provenance(), (&raw const TERMINATE).expose_provenance());
+    const PR_SET_PDEATHSIG: usize = 1;
+    const SIGKILL: usize = 9;
+    let ignore = (&raw const IGNORE).expose_provenance();
     // None of these fails for such arguments; and if one did, nothing here could mend it.
     for (number, arguments) in [
+        // It ends with the agent, should that ever be.
+        (arch::PRCTL, [PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0]),
         (arch::CLOSE_RANGE, [0, u32::MAX as usize, 0, 0, 0]),
         (arch::RT_SIGACTION, [SIGCHLD, ignore, 0, SET_BYTES, 0]),
-        (arch::RT_SIGPROCMASK, [SIG_BLOCK, terminate, 0, SET_BYTES, 0]),
+        (arch::RT_SIGPROCMASK, [SIG_BLOCK, (&raw const ORDERS).expose_provenance(), 0, SET_BYTES, 0]),
     ] {
         // SAFETY: the kernel reads the two statics, of the sizes it expects. No descriptor is used after.
         let _ = unsafe { syscall(number, arguments) };
     }
-    while !stop_is_asked_for(terminate, SET_BYTES) {}
-    // SAFETY: kill takes numbers; -1 is every process of this namespace but this one.
-    let _ = unsafe { syscall(arch::KILL, [usize::MAX, SIGTERM, 0, 0, 0]) };
+    while next_order() != END_WITH_ORPHANS as usize {
+        // SAFETY: kill takes numbers; -1 is every process of this namespace but this one.
+        let _ = unsafe { syscall(arch::KILL, [usize::MAX, SIGTERM, 0, 0, 0]) };
+    }
     // SAFETY: wait4 takes null pointers for what is not wanted. It fails when no child is left.
     while unsafe { syscall(arch::WAIT4, [usize::MAX, 0, 0, 0, 0]) }.is_ok() {}
     exit(0)
 }
 
-/// Waits for SIGTERM; whether it came from the agent, which is outside of the namespace and so has no id here.
-fn stop_is_asked_for(set: usize, set_bytes: usize) -> bool {
+/// Waits for a signal of [`ORDERS`] from the agent, which is outside of the namespace and so has no id here.
+fn next_order() -> usize {
     const SI_USER: u32 = 0;
     /// Where `si_code` and `si_pid` are in `siginfo_t`, which is 32 words of 32 bits.
     const CODE: usize = 2;
     const SENDER: usize = 4;
     let mut info = [0_u32; 32];
-    // SAFETY: the kernel reads a signal set and writes a siginfo_t, for which there is room.
-    let waited = unsafe {
-        syscall(arch::RT_SIGTIMEDWAIT, [set, (&raw mut info).expose_provenance(), 0, set_bytes, 0])
-    };
-    waited == Ok(SIGTERM) && info[CODE] == SI_USER && info[SENDER] == 0
+    let arguments =
+        [(&raw const ORDERS).expose_provenance(), (&raw mut info).expose_provenance(), 0, SET_BYTES, 0];
+    loop {
+        // SAFETY: the kernel reads a signal set and writes a siginfo_t, for which there is room.
+        match unsafe { syscall(arch::RT_SIGTIMEDWAIT, arguments) } {
+            Ok(number) if info[CODE] == SI_USER && info[SENDER] == 0 => return number,
+            _ => {}
+        }
+    }
 }
 
 /// Ends this process, not the agent.

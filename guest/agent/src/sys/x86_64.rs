@@ -14,6 +14,7 @@ pub(super) const EXECVE: usize = 59;
 pub(super) const WAIT4: usize = 61;
 pub(super) const KILL: usize = 62;
 pub(super) const RT_SIGTIMEDWAIT: usize = 128;
+pub(super) const PRCTL: usize = 157;
 pub(super) const EXIT_GROUP: usize = 231;
 pub(super) const ACCEPT4: usize = 288;
 pub(super) const CLOSE_RANGE: usize = 436;
