@@ -1,4 +1,7 @@
 //! A split virtqueue, seen from the device. VIRTIO 1.2 §2.7 "Split Virtqueues".
+//!
+//! Indirect descriptors are not offered: they are one more shape to get wrong, and cost the guest's kernel an
+//! allocation for each request where a queue of 256 has room for what our devices have in flight.
 
 use std::sync::atomic::{Ordering, fence};
 

@@ -99,3 +99,78 @@ fn answer(session: &mut Session) -> Result<(), Broken> {
     }
     session.interrupt_if_wanted()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Driver;
+    use kiln_memory::Span;
+
+    fn start() -> Driver {
+        Driver::start(Box::new(Rng::new()), 4 << 20)
+    }
+
+    fn ask(driver: &mut Driver, bytes: usize) -> Vec<u8> {
+        driver.queues[0].submit(&[], &[Span::new(Driver::FREE, bytes)]).expect("a free descriptor");
+        driver.kick(0);
+        let (_, written) = driver.queues[0].take_used().expect("answered before the kick returns");
+        let mut data = vec![0; written as usize];
+        driver.memory.read(Driver::FREE, &mut data).expect("RAM");
+        data
+    }
+
+    #[test]
+    fn answers_are_random_and_as_long_as_asked() {
+        let mut driver = start();
+        let (first, second) = (ask(&mut driver, 64), ask(&mut driver, 64));
+        assert_eq!((first.len(), second.len()), (64, 64));
+        assert_ne!(first, second);
+        assert_ne!(first, [0; 64]);
+        assert_eq!(driver.raised.count(), 2);
+    }
+
+    #[test]
+    fn one_answer_is_never_long() {
+        let mut driver = start();
+        driver.memory.write(Driver::FREE, &[0; 4096]).expect("RAM");
+        assert_eq!(ask(&mut driver, 1 << 20).len(), MAX_ANSWER_BYTES);
+        let behind: [u8; 1024] = driver
+            .memory
+            .read_array(kiln_memory::Gpa(Driver::FREE.0 + MAX_ANSWER_BYTES as u64))
+            .expect("RAM");
+        assert_eq!(behind, [0; 1024]);
+    }
+
+    #[test]
+    fn a_request_without_room_breaks_the_device() {
+        let mut driver = start();
+        driver.queues[0].submit(&[Span::new(Driver::FREE, 64)], &[]).expect("a free descriptor");
+        driver.kick(0);
+        assert!(driver.needs_reset());
+        driver.kick(0);
+        driver.bring_up(Driver::VERSION_1);
+        assert_eq!(ask(&mut driver, 8).len(), 8);
+    }
+
+    #[test]
+    fn requests_published_before_the_driver_was_ready_are_answered() {
+        let mut driver = start();
+        let session = {
+            let mut device = Rng::new();
+            driver.queues[0].submit(&[], &[Span::new(Driver::FREE, 16)]).expect("a free descriptor");
+            let queue = crate::Queue::new(&driver.memory, driver.queues[0].layout(), 8, false).expect("sane");
+            let signal = std::sync::Arc::new(crate::Signal::new(driver.raised.clone()));
+            let session = Session {
+                features: 0,
+                memory: driver.memory.clone(),
+                queues: vec![queue],
+                signal,
+                kept: None,
+            };
+            device.start(session).expect("started");
+            device.stop().expect("was running")
+        };
+        assert_eq!(driver.queues[0].take_used().map(|(_, written)| written), Some(16));
+        assert_eq!(session.queues[0].waiting(&driver.memory), Ok(0));
+    }
+}

@@ -208,13 +208,13 @@ impl State {
     fn write(&mut self, offset: u64, value: u32) {
         match offset {
             register::STATUS => self.write_status(value),
+            register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            register::QUEUE_SEL => self.queue_sel = value,
             // Broken until reset.
             _ if self.needs_reset() => {}
             register::QUEUE_NOTIFY => self.notify(value),
-            register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
-            register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
             register::DRIVER_FEATURES => self.write_features(value),
-            register::QUEUE_SEL => self.queue_sel = value,
             register::QUEUE_READY => self.write_ready(value),
             register::QUEUE_SIZE
             | register::QUEUE_DESC_LOW

@@ -84,6 +84,17 @@ impl Block {
         Ok(Self { backend: Arc::new(backend), worker: None })
     }
 
+    /// Serves one request without a thread, for fuzzing.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn serve_one(
+        disk: &Disk,
+        memory: &kiln_memory::GuestMemory,
+        chain: &Chain,
+    ) -> Result<u32, Broken> {
+        let target = Target { disk, serial: &[0; SERIAL_BYTES], write_through: false };
+        Ok(Request::parse(memory, chain)?.serve(&target, &mut Vec::new()).0)
+    }
+
     /// The configuration space. VIRTIO 1.2 §5.2.4 "Device configuration layout".
     fn config(&self) -> [u8; 60] {
         let mut config = [0; 60];

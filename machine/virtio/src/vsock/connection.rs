@@ -142,10 +142,11 @@ impl Connection {
     pub(super) fn socket_changed(&mut self, readable: bool, writable: bool, hung_up: bool) {
         self.readable |= readable || hung_up;
         self.writable |= writable || hung_up;
-        self.hung_up |= hung_up;
-        if self.hung_up && self.guest_deaf {
+        if hung_up && !self.hung_up && (self.finished || self.guest_deaf) {
+            // The end of the data was seen, or will not be looked for: now it is known to be the end of all.
             self.finish(SHUTDOWN_RECEIVE | SHUTDOWN_SEND);
         }
+        self.hung_up |= hung_up;
     }
 
     /// Notes what the guest says of its buffer, as every packet does.
@@ -349,6 +350,13 @@ impl Connection {
                 self.owed.shutdown |= SHUTDOWN_RECEIVE;
             }
         }
+    }
+
+    /// Whether the buffer is what the counters say, and no more than the guest was allowed.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn is_within_limits(&self) -> bool {
+        let held = self.received.wrapping_sub(self.forwarded);
+        self.buffer.len() == held as usize && held <= CONNECTION_BUFFER_BYTES
     }
 
     /// After bytes moved: forgets what nobody will read, passes the guest's end on, and sees whether the guest should

@@ -3,6 +3,8 @@
 mod connection;
 mod muxer;
 mod packet;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -210,6 +212,37 @@ fn run(mut session: Session, mut muxer: Box<Muxer>, bell: &Bell, host: &Mutex<Ho
         }
     }
     session
+}
+
+/// The device without its thread, a step at a time, for fuzzing.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) struct Stepped(Muxer);
+
+#[cfg(any(test, feature = "testing"))]
+impl Stepped {
+    pub(crate) fn new(guest_cid: u64) -> io::Result<Self> {
+        Muxer::new(guest_cid).map(Self)
+    }
+
+    pub(crate) fn connect(&mut self, guest_port: u32, socket: OwnedFd) {
+        self.0.connect(guest_port, socket);
+    }
+
+    /// Everything that can be done now.
+    pub(crate) fn step(
+        &mut self,
+        session: &mut Session,
+        accept: &mut dyn FnMut(u32) -> Option<OwnedFd>,
+    ) -> Result<(), Broken> {
+        loop {
+            self.0.wait(true).map_err(|error| Broken::Host(error.kind()))?;
+            let more = self.0.turn(session, accept)?;
+            self.0.check_limits();
+            if !more {
+                return Ok(());
+            }
+        }
+    }
 }
 
 /// Moves streams until told to stop.

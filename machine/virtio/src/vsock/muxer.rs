@@ -131,6 +131,18 @@ impl Muxer {
         Ok(more_from_guest || more_to_guest || unstalled)
     }
 
+    /// Panics when something grew past its limit.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn check_limits(&self) {
+        assert!(self.slots.len() <= MAX_CONNECTIONS && self.ready.len() <= self.slots.len());
+        assert!(self.resets.len() <= MAX_RESETS);
+        let connections = || self.slots.iter().filter_map(|slot| slot.connection.as_ref());
+        assert!(connections().all(Connection::is_within_limits));
+        let known = connections().filter(|connection| !connection.is_draining()).count();
+        assert_eq!(known, self.by_ports.len());
+        assert_eq!(connections().count() + self.free.len(), self.slots.len());
+    }
+
     /// Guest to host. While too many refusals wait, the guest's packets stay where they are.
     fn take_packets(
         &mut self,
