@@ -35,6 +35,7 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
 
 /// Open files of a command: what programs that use select(2) can stand, and what they may raise it to.
 const OPEN_FILES: Rlimit = Rlimit { current: Some(1024), maximum: Some(524_288) };
+const UNLIMITED: Rlimit = Rlimit { current: None, maximum: None };
 /// The longest host name. Linux man page hostname(7).
 const MAX_HOSTNAME_BYTES: usize = 64;
 /// The fewest random bytes the host must give: what the kernel's generator is keyed with.
@@ -118,7 +119,10 @@ fn identity(setup: &Setup) -> Result<(), Failed> {
         tv_sec: (setup.realtime_ns / NS_PER_SECOND) as i64,
         tv_nsec: (setup.realtime_ns % NS_PER_SECOND) as i64,
     };
-    rustix::time::clock_settime(ClockId::Realtime, now).map_err(|error| internal("set the clock", error))?;
+    if setup.realtime_ns > 0 {
+        rustix::time::clock_settime(ClockId::Realtime, now)
+            .map_err(|error| internal("set the clock", error))?;
+    }
     rustix::system::sethostname(setup.hostname.as_bytes())
         .map_err(|error| internal("set the host name", error))?;
     match loopback_up() {
@@ -170,8 +174,14 @@ fn limits() -> Result<(), Errno> {
             Err(error) => return Err(error),
         }
     }
-    rustix::process::setrlimit(Resource::Nofile, OPEN_FILES)?;
-    rustix::process::setrlimit(Resource::Nproc, Rlimit { current: None, maximum: None })
+    for (resource, limit) in [(Resource::Nofile, OPEN_FILES), (Resource::Nproc, UNLIMITED)] {
+        match rustix::process::setrlimit(resource, limit) {
+            // Not in a guest: an agent that may not raise limits (SYS_RESOURCE) leaves them.
+            Ok(()) | Err(Errno::PERM) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

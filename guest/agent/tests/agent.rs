@@ -14,6 +14,8 @@ mod commands;
 mod namespaces;
 #[path = "agent/rules.rs"]
 mod rules;
+#[path = "agent/setup.rs"]
+mod setup;
 #[path = "agent/streams.rs"]
 mod streams;
 #[path = "agent/terminals.rs"]

@@ -56,7 +56,7 @@ pub struct Setup {
     /// Contents of /etc/resolv.conf; empty leaves the image's file.
     #[prost(string, tag = "6")]
     pub resolv_conf: String,
-    /// Wall clock at the host in nanoseconds since 1970-01-01 UTC.
+    /// Wall clock at the host in nanoseconds since 1970-01-01 UTC; 0 leaves the guest's as it is.
     #[prost(uint64, tag = "7")]
     pub realtime_ns: u64,
     /// Random bytes for the guest kernel's generator; at least 32.

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use kiln_agent::Place;
 use kiln_agent::listen::Listener;
-use kiln_agent::server::Agent;
+use kiln_agent::server::{Agent, SetUp};
 use kiln_protocol::frame::{self, HEADER_BYTES, Kind};
 use kiln_protocol::{
     Call, Exec, Exited, Failed, INITIAL_CREDIT_BYTES, MAX_DATA_BYTES, Outcome, PowerOff, Reason, Reply,
@@ -16,6 +16,7 @@ use kiln_protocol::{
 use prost::Message;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::thread::UnshareFlags;
 
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001:App:/home/app:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nwheel:x:10:app\napps:x:1001:\naudio:x:29:app\n";
@@ -32,14 +33,25 @@ pub(crate) struct Guest {
 impl Guest {
     /// An agent that has not been set up.
     pub(crate) fn bare() -> Self {
+        Self::begin(own_mounts, make_root, || {})
+    }
+
+    /// An agent that has not been set up: `before` gives its thread a place, `set_up` makes it ready, and `after` sees
+    /// what it leaves.
+    pub(crate) fn begin(
+        before: impl FnOnce() + Send + 'static,
+        set_up: SetUp,
+        after: impl FnOnce() + Send + 'static,
+    ) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let socket = directory.path().join("agent");
         let listener = UnixListener::bind(&socket).expect("a Unix socket");
         listener.set_nonblocking(true).expect("a socket");
         let thread = std::thread::spawn(move || {
-            own_mounts();
-            let agent = Agent::new(Listener::Unix(listener.into()), make_root).expect("an agent");
+            before();
+            let agent = Agent::new(Listener::Unix(listener.into()), set_up).expect("an agent");
             agent.run().expect("the agent serves");
+            after();
         });
         Self { _directory: directory, socket, thread: Some(thread) }
     }
@@ -263,8 +275,13 @@ pub(crate) fn sh(script: &str) -> Exec {
 
 /// Gives this thread mounts of its own.
 fn own_mounts() {
+    own_namespaces(UnshareFlags::NEWNS);
+}
+
+/// Gives this thread namespaces of its own, one for mounts among them.
+pub(crate) fn own_namespaces(namespaces: UnshareFlags) {
     #[allow(deprecated, reason = "unsafe for what it can do to files, of which it is not asked")]
-    rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS).expect("root may have a mount namespace");
+    rustix::thread::unshare(namespaces).expect("root may have namespaces");
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).expect("mounts of its own");
 }
