@@ -33,7 +33,8 @@ pub enum Exit<'a> {
         /// Where the answer goes, 1 to 8 bytes.
         data: &'a mut [u8],
     },
-    /// [`crate::Kick::kick`] was called.
+    /// [`crate::Kick::kick`] was called, or the backend had something of its own to do. Look at what you may have been
+    /// kicked for, and run again.
     Kicked,
     /// The processor shut down: a triple fault.
     Shutdown,

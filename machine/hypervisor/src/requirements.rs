@@ -68,6 +68,12 @@ pub const REQUIREMENTS: &[Requirement] = &[
         fix: NEWER_KERNEL,
     },
     Requirement {
+        name: "KVM_CAP_VCPU_EVENTS",
+        number: kvm::KVM_CAP_VCPU_EVENTS,
+        why: "exceptions that KVM's emulator cannot deliver are delivered by the monitor",
+        fix: NEWER_KERNEL,
+    },
+    Requirement {
         name: "KVM_CAP_MP_STATE",
         number: kvm::KVM_CAP_MP_STATE,
         why: "vCPUs other than the first wait until the guest starts them",

@@ -18,6 +18,7 @@ const GDT: Gpa = Gpa(0x3000);
 const IDT: Gpa = Gpa(0x4000);
 const MMIO: u64 = 0xd000_0000;
 const VECTOR: u8 = 0x31;
+const BREAKPOINT: u8 = 3;
 
 /// A backend under test.
 trait Backend {
@@ -49,7 +50,8 @@ impl Backend for OnScripted {
 type VmOf<B> = <<B as Backend>::Hypervisor as Hypervisor>::Vm;
 type VcpuOf<B> = <VmOf<B> as Vm>::Vcpu;
 
-/// A machine whose first vCPU is about to run `code` in flat 32-bit protected mode, with `handler` behind [`VECTOR`].
+/// A machine whose first vCPU is about to run `code` in flat 32-bit protected mode, with `handler` behind [`VECTOR`]
+/// and [`BREAKPOINT`].
 fn machine<B: Backend>(code: &[u8], handler: &[u8], script: Vec<Step>) -> (VmOf<B>, VcpuOf<B>) {
     let hypervisor = B::open(script);
     let memory = GuestMemory::new(1 << 20).expect("a mapping");
@@ -61,7 +63,9 @@ fn machine<B: Backend>(code: &[u8], handler: &[u8], script: Vec<Step>) -> (VmOf<
     }
     // A present 32-bit interrupt gate to the handler.
     let gate = HANDLER.0 & 0xffff | 0x8 << 16 | 0x8e00 << 32;
-    memory.write_u64(Gpa(IDT.0 + u64::from(VECTOR) * 8), gate).expect("RAM");
+    for vector in [BREAKPOINT, VECTOR] {
+        memory.write_u64(Gpa(IDT.0 + u64::from(vector) * 8), gate).expect("RAM");
+    }
 
     let mut vm = hypervisor.create_vm().expect("a machine");
     vm.map_memory(&memory).expect("memory");
@@ -221,6 +225,23 @@ fn a_triple_fault_is_a_shutdown<B: Backend>() {
     assert_eq!(next(&mut vcpu), Exit::Shutdown);
 }
 
+fn a_breakpoint_in_the_guest_kernel_reaches_its_handler<B: Backend>() {
+    // nop; int3
+    let code = [0x90, 0xcc];
+    // pop eax; out 0x10, eax; jmp $: where the guest would go on, behind the breakpoint.
+    let handler = [0x58, 0xe7, 0x10, 0xeb, 0xfe];
+    let behind = (CODE.0 as u32 + 2).to_le_bytes();
+    let script = vec![Step::PortWrite { port: 0x10, data: behind.into() }];
+    let (_vm, mut vcpu) = machine::<B>(&code, &handler, script);
+    loop {
+        match next(&mut vcpu) {
+            // The backend delivers it by itself, or with a run in between.
+            Exit::Kicked => {}
+            exit => return assert_eq!(exit, Exit::PortWrite { port: 0x10, data: &behind }),
+        }
+    }
+}
+
 fn running_outside_ram_is_an_internal_error<B: Backend>() {
     // mov eax, 0xd0000000; jmp eax
     let code = [0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0];
@@ -310,6 +331,7 @@ contract! {
     a_message_interrupts_a_halted_guest
     a_message_nobody_takes_is_no_error
     a_triple_fault_is_a_shutdown
+    a_breakpoint_in_the_guest_kernel_reaches_its_handler
     running_outside_ram_is_an_internal_error
     registers_read_as_they_were_set
     the_clock_has_a_rate

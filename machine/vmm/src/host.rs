@@ -7,7 +7,9 @@ use std::path::Path;
 ///
 /// KVM's emulator knows neither POPCNT, CMPXCHG16B, BMI nor XSAVE; string moves cost it per byte, so ERMS and FSRM are
 /// hidden to make the kernel copy by words; SMAP's instructions only add to the count.
-pub(crate) const PVM_COMMAND_LINE: &str = "clearcpuid=popcnt,cx16,erms,fsrm,smap,bmi1,bmi2 noxsave";
+/// What takes seconds there is no stall, and code that is not patched needs no breakpoints.
+pub(crate) const PVM_COMMAND_LINE: &str = "clearcpuid=popcnt,cx16,erms,fsrm,smap,bmi1,bmi2 noxsave \
+                                           noreplace-smp rcupdate.rcu_cpu_stall_suppress=1";
 
 /// Whether KVM here runs without hardware virtualization (a PVM host): guest user mode runs natively, guest kernel mode
 /// in KVM's emulator.

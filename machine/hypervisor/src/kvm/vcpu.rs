@@ -11,12 +11,18 @@ use super::call;
 use super::kick::KvmKick;
 use crate::{CpuidEntry, Error, Exit, Msr, Registers, SystemRegisters, Vcpu};
 
+/// `int3`.
+const BREAKPOINT_INSTRUCTION: u8 = 0xcc;
+const BREAKPOINT_VECTOR: u8 = 3;
+
 /// One vCPU of KVM.
 #[derive(Debug)]
 pub struct KvmVcpu {
     // Closed before the memory below is let go: fields drop in this order.
     fd: VcpuFd,
     kick: KvmKick,
+    /// The guest met a breakpoint that KVM could not deliver; the next run begins with it.
+    owes_breakpoint: bool,
     /// An open vCPU keeps the machine and its memory slots alive in the kernel, so it keeps what they point into.
     _memory: GuestMemory,
 }
@@ -26,7 +32,24 @@ impl KvmVcpu {
         // SAFETY: the descriptor is open: `fd` owns it and outlives the borrow.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let kick = KvmKick::new(borrowed)?;
-        Ok(Self { fd, kick, _memory: memory })
+        Ok(Self { fd, kick, owes_breakpoint: false, _memory: memory })
+    }
+
+    /// Delivers the exception of the `int3` at the instruction pointer.
+    ///
+    /// Where KVM emulates guest kernels (a PVM host) it does not know this instruction, and a kernel on several vCPUs
+    /// puts it into its own code for a moment whenever it patches itself. Intel SDM volume 3 §6.15 "Exception and
+    /// Interrupt Reference", "Interrupt 3": a trap, so it is reported behind the instruction.
+    fn deliver_breakpoint(&mut self) -> Result<(), Error> {
+        let mut regs = self.fd.get_regs().map_err(call("KVM_GET_REGS"))?;
+        regs.rip = regs.rip.wrapping_add(1);
+        self.fd.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
+        let mut events = self.fd.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
+        events.exception.injected = 1;
+        events.exception.nr = BREAKPOINT_VECTOR;
+        events.exception.has_error_code = 0;
+        events.exception.pending = 0;
+        self.fd.set_vcpu_events(&events).map_err(call("KVM_SET_VCPU_EVENTS"))
     }
 }
 
@@ -84,6 +107,9 @@ impl Vcpu for KvmVcpu {
 
     fn run(&mut self) -> Result<Exit<'_>, Error> {
         self.kick.enter();
+        if std::mem::take(&mut self.owes_breakpoint) {
+            self.deliver_breakpoint()?;
+        }
         match self.fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => Ok(Exit::PortWrite { port, data }),
             Ok(VcpuExit::IoIn(port, data)) => Ok(Exit::PortRead { port, data }),
@@ -92,7 +118,14 @@ impl Vcpu for KvmVcpu {
             Ok(VcpuExit::Intr) => Ok(Exit::Kicked),
             Ok(VcpuExit::Shutdown) => Ok(Exit::Shutdown),
             Ok(VcpuExit::FailEntry(reason, _)) => Ok(Exit::FailedEntry { reason }),
-            Ok(VcpuExit::InternalError) => Ok(Exit::InternalError(self.kick.internal_error())),
+            Ok(VcpuExit::InternalError) => {
+                let error = self.kick.internal_error();
+                if error.instruction().first() == Some(&BREAKPOINT_INSTRUCTION) {
+                    self.owes_breakpoint = true;
+                    return Ok(Exit::Kicked);
+                }
+                Ok(Exit::InternalError(error))
+            }
             Ok(_) => Ok(Exit::Unknown(self.kick.exit_reason())),
             Err(errno) if errno.errno() == libc::EINTR => {
                 self.kick.answered();
