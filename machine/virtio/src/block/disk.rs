@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +14,8 @@ use sha2::{Digest, Sha256};
 /// What one digest covers.
 pub(super) const VERIFIED_BLOCK_BYTES: u64 = 64 << 10;
 const DIGEST_BYTES: u64 = 32;
+/// How far ahead of a sequential reader the host fetches what will be verified next, so that it reads while we hash.
+const READ_AHEAD_BLOCKS: u64 = 16;
 /// Extents start and end on pages, so that every file system block of the guest lies in one of them.
 const EXTENT_ALIGNMENT_BYTES: u64 = 4096;
 /// The most extents of a disk.
@@ -78,6 +81,9 @@ struct Digests {
     data_bytes: u64,
     /// One bit a block, set once it was found right.
     verified: Box<[AtomicU64]>,
+    /// The block a sequential reader will want verified next, and the first the host was not asked to fetch.
+    expected: AtomicU64,
+    unasked: AtomicU64,
 }
 
 impl DataFile {
@@ -101,7 +107,9 @@ impl DataFile {
             return Err(DiskError::Digests { data_bytes, expected, found });
         }
         let verified = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { file, digests: Some(Digests { file: digests, data_bytes, verified }) })
+        let (expected, unasked) = (AtomicU64::new(0), AtomicU64::new(0));
+        let digests = Digests { file: digests, data_bytes, verified, expected, unasked };
+        Ok(Self { file, digests: Some(digests) })
     }
 }
 
@@ -200,9 +208,7 @@ impl Disk {
     /// Tells the host which range will be read soon, so that it fetches it while we do something else.
     pub(super) fn prefetch(&self, offset: u64, bytes: u64) {
         for piece in self.pieces(offset, bytes) {
-            // Advice: what goes wrong here goes wrong again, and is reported, at the read.
-            let length = std::num::NonZeroU64::new(piece.bytes);
-            let _ = fadvise(&piece.extent.file.file, piece.offset, length, Advice::WillNeed);
+            prefetch(&piece.extent.file.file, piece.offset, piece.bytes);
         }
     }
 
@@ -246,6 +252,14 @@ impl Disk {
                 Piece { index: first + index, extent, offset, bytes: to.saturating_sub(from) }
             },
         )
+    }
+}
+
+/// Advice to the host: what goes wrong here goes wrong again, and is reported, at the read.
+fn prefetch(file: &File, offset: u64, bytes: u64) {
+    // No length would mean to the end of the file.
+    if let Some(length) = NonZeroU64::new(bytes) {
+        let _ = fadvise(file, offset, Some(length), Advice::WillNeed);
     }
 }
 
@@ -318,6 +332,7 @@ impl DataFile {
 
     /// Leaves the whole of `block` in `scratch`, found right.
     fn verify(&self, digests: &Digests, block: u64, scratch: &mut Vec<u8>) -> Result<(), ReadFailure> {
+        digests.read_ahead(&self.file, block);
         let start = block * VERIFIED_BLOCK_BYTES;
         scratch.resize((digests.data_bytes - start).min(VERIFIED_BLOCK_BYTES) as usize, 0);
         let mut expected = [0; DIGEST_BYTES as usize];
@@ -344,6 +359,22 @@ impl Digests {
 
     fn set_verified(&self, block: u64) {
         self.verified[(block / 64) as usize].fetch_or(1 << (block % 64), Ordering::Relaxed);
+    }
+
+    /// Asks the host to fetch what follows `block`, when the blocks come in order. Hints only: races do no harm.
+    fn read_ahead(&self, file: &File, block: u64) {
+        let next = block + 1;
+        if self.expected.swap(next, Ordering::Relaxed) != block {
+            self.unasked.store(next, Ordering::Relaxed);
+            return;
+        }
+        let from = self.unasked.load(Ordering::Relaxed).max(next);
+        let to = next + READ_AHEAD_BLOCKS;
+        // Half a window at a time.
+        if to.saturating_sub(from) >= READ_AHEAD_BLOCKS / 2 {
+            self.unasked.store(to, Ordering::Relaxed);
+            prefetch(file, from * VERIFIED_BLOCK_BYTES, (to - from) * VERIFIED_BLOCK_BYTES);
+        }
     }
 
     /// Where the run of verified blocks that starts at `block` ends, at most at `limit`.
