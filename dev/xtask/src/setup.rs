@@ -36,6 +36,8 @@ const PACKAGES: &[(&str, Group, &str)] = &[
     ("skopeo", Group::Test, "copying images, and the baseline for pulls"),
     ("buildah", Group::Test, "images from another builder"),
     ("docker-registry", Group::Test, "a real registry on loopback"),
+    ("apache2-utils", Group::Test, "htpasswd, for a registry with passwords"),
+    ("openssl", Group::Test, "certificates and tokens of test registries"),
     ("debootstrap", Group::Test, "Debian images"),
     ("erofs-utils", Group::Test, "the oracle for EROFS images"),
     ("attr", Group::Test, "extended attributes in images"),
