@@ -302,3 +302,198 @@ output_stream!(
     Output::Stderr,
     "What the command writes to stderr; at most 256 KiB wait for a slow reader."
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_protocol::frame::{self, HEADER_BYTES};
+    use kiln_protocol::{INITIAL_CREDIT_BYTES, Reply, Started};
+    use tokio::io::AsyncReadExt;
+
+    /// The guest's end of a stream, in the hands of a guest that may lie.
+    struct Guest {
+        stream: UnixStream,
+    }
+
+    impl Guest {
+        async fn send(&mut self, kind: Kind, payload: &[u8]) {
+            let mut packet = Vec::new();
+            frame::append(&mut packet, kind, payload);
+            // A host that has had enough closes the stream.
+            let _ = self.stream.write_all(&packet).await;
+        }
+
+        async fn exits(&mut self, code: u32) {
+            let exited = Exited { code, peak_rss_kib: 7, ..Exited::default() };
+            self.send(Kind::Exited, &exited.encode_to_vec()).await;
+        }
+
+        async fn frame(&mut self) -> Option<(Kind, Vec<u8>)> {
+            let mut payload = Vec::new();
+            Some((read_frame(&mut self.stream, &mut payload).await.ok()?, payload))
+        }
+    }
+
+    /// A command and the guest it runs in.
+    async fn started(exec: Exec) -> (Child, Guest) {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let mut guest = Guest { stream: theirs };
+        let starting = tokio::spawn(Child::start(ours, exec));
+        assert_eq!(guest.frame().await.expect("a request").0, Kind::Request);
+        let reply = Reply { outcome: Some(Outcome::Started(Started { pid: 42 })) };
+        guest.send(Kind::Reply, &reply.encode_to_vec()).await;
+        (starting.await.expect("no panic").expect("started"), guest)
+    }
+
+    #[tokio::test]
+    async fn a_command_is_told_apart_from_its_end() {
+        let (mut child, mut guest) = started(Exec::default()).await;
+        assert_eq!(child.pid(), 42);
+        guest.send(Kind::Stdout, b"out").await;
+        guest.send(Kind::Stderr, b"err").await;
+        guest.exits(3).await;
+        let status = child.wait().await.expect("a status");
+        assert_eq!((status.code(), status.signal(), status.peak_rss_bytes()), (Some(3), None, 7168));
+        let mut text = String::new();
+        child.stdout.take().expect("stdout").read_to_string(&mut text).await.expect("whole");
+        child.stderr.take().expect("stderr").read_to_string(&mut text).await.expect("whole");
+        assert_eq!(text, "outerr");
+    }
+
+    /// A guest that drops the connection right after the request may have run the command: it is asked once only.
+    #[tokio::test]
+    async fn a_command_whose_connection_drops_is_not_sent_again() {
+        let (ours, mut theirs) = UnixStream::pair().expect("a socket pair");
+        let starting =
+            tokio::spawn(Child::start(ours, Exec { argv: vec![b"once".into()], ..Exec::default() }));
+        let mut header = [0; HEADER_BYTES];
+        theirs.read_exact(&mut header).await.expect("a request");
+        let (kind, length) = frame::parse_header(header).expect("a frame");
+        theirs.read_exact(&mut vec![0; length]).await.expect("its payload");
+        assert_eq!(kind, Kind::Request);
+        theirs.shutdown().await.expect("shut down");
+        assert!(matches!(starting.await.expect("no panic"), Err(AgentError::Lost(_))));
+        let mut more = Vec::new();
+        theirs.read_to_end(&mut more).await.expect("an end");
+        assert!(more.is_empty(), "something followed the request");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_sends_beyond_its_credit_is_cut_off() {
+        let (mut child, mut guest) = started(Exec::default()).await;
+        for _ in 0..=INITIAL_CREDIT_BYTES as usize / MAX_DATA_BYTES {
+            guest.send(Kind::Stdout, &vec![0; MAX_DATA_BYTES]).await;
+        }
+        assert!(matches!(child.wait().await, Err(AgentError::Broken(_))));
+        assert!(guest.frame().await.is_none(), "the stream is closed");
+    }
+
+    #[tokio::test]
+    async fn a_frame_only_hosts_send_ends_the_stream() {
+        let (mut child, mut guest) = started(Exec::default()).await;
+        guest.send(Kind::Signal, &9_u32.to_le_bytes()).await;
+        assert!(matches!(child.wait().await, Err(AgentError::Broken(_))));
+    }
+
+    #[tokio::test]
+    async fn an_output_that_ends_early_does_not_look_whole() {
+        let (mut child, mut guest) = started(Exec::default()).await;
+        guest.send(Kind::Stdout, b"half").await;
+        drop(guest);
+        let mut text = Vec::new();
+        let read = child.stdout.take().expect("stdout").read_to_end(&mut text).await;
+        assert_eq!(text, b"half");
+        assert_eq!(read.expect_err("cut off").kind(), io::ErrorKind::ConnectionAborted);
+        assert!(matches!(child.wait().await, Err(AgentError::Lost(_))));
+    }
+
+    #[tokio::test]
+    async fn a_dropped_child_drops_its_stream() {
+        let (child, mut guest) = started(Exec::default()).await;
+        drop(child);
+        while guest.frame().await.is_some() {}
+    }
+
+    #[tokio::test]
+    async fn much_output_passes_with_bounded_memory() {
+        const TOTAL: usize = 16 << 20;
+        let (mut child, mut guest) = started(Exec::default()).await;
+        let sending = tokio::spawn(async move {
+            let (mut sent, mut credit) = (0, INITIAL_CREDIT_BYTES as usize);
+            while sent < TOTAL {
+                if credit < MAX_DATA_BYTES {
+                    let (kind, payload) = guest.frame().await.expect("credit comes as the reader reads");
+                    assert_eq!(kind, Kind::StdoutCredit);
+                    credit += u64::from_le_bytes(payload.try_into().expect("eight bytes")) as usize;
+                    continue;
+                }
+                guest.send(Kind::Stdout, &vec![1; MAX_DATA_BYTES]).await;
+                sent += MAX_DATA_BYTES;
+                credit -= MAX_DATA_BYTES;
+            }
+            guest.exits(0).await;
+            guest
+        });
+        let mut stdout = child.stdout.take().expect("stdout");
+        let (mut total, mut chunk) = (0, vec![0; 10_000]);
+        loop {
+            match stdout.read(&mut chunk).await.expect("whole") {
+                0 => break,
+                count => total += count,
+            }
+            assert!(child.flow.buffered(Output::Stdout) <= INITIAL_CREDIT_BYTES as usize);
+        }
+        assert_eq!(total, TOTAL);
+        assert!(child.wait().await.expect("a status").success());
+        sending.await.expect("no panic");
+    }
+
+    #[tokio::test]
+    async fn stdin_reaches_the_guest_whole_and_ends() {
+        let (mut child, mut guest) = started(Exec { stdin: true, ..Exec::default() }).await;
+        let mut stdin = child.stdin.take().expect("stdin");
+        let writing = tokio::spawn(async move { stdin.write_all(&vec![5; 1 << 20]).await });
+        let mut got = 0;
+        loop {
+            match guest.frame().await.expect("stdin") {
+                (Kind::Stdin, payload) => {
+                    got += payload.len();
+                    guest.send(Kind::StdinCredit, &(payload.len() as u64).to_le_bytes()).await;
+                }
+                (Kind::StdinEnd, _) => break,
+                (kind, _) => panic!("{kind:?}"),
+            }
+        }
+        assert_eq!(got, 1 << 20);
+        writing.await.expect("no panic").expect("written");
+    }
+
+    /// Time is the runtime's own here and passes by itself when nothing else happens.
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_forgets_a_timeout_is_not_waited_for() {
+        let (mut child, _guest) = started(Exec { timeout_ms: 1000, ..Exec::default() }).await;
+        let status = child.wait().await.expect("a status");
+        assert!(status.timed_out());
+        assert_eq!(status.shell_code(), 124);
+        assert_eq!(status.code(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_reader_does_not_make_a_command_overdue() {
+        let (mut child, mut guest) = started(Exec { timeout_ms: 1000, ..Exec::default() }).await;
+        guest.send(Kind::Stdout, b"unread").await;
+        let waited = tokio::time::timeout(Duration::from_hours(1), child.wait()).await;
+        assert!(waited.is_err(), "the output has not been read: {waited:?}");
+        drop(child.stdout.take());
+        assert!(child.wait().await.expect("a status").timed_out());
+    }
+
+    #[test]
+    fn codes_are_the_shells() {
+        let code = |exited| ExitStatus::from_wire(exited).shell_code();
+        assert_eq!(code(Exited { code: 7, ..Exited::default() }), 7);
+        assert_eq!(code(Exited { signal: 9, ..Exited::default() }), 137);
+        assert_eq!(code(Exited { signal: 9, timed_out: true, ..Exited::default() }), 124);
+        assert_eq!(code(Exited { code: 0x1_0001, signal: 0, ..Exited::default() }), 1);
+    }
+}

@@ -176,6 +176,12 @@ impl Flow {
         }
     }
 
+    /// How much of an output waits for its reader.
+    #[cfg(test)]
+    pub(super) fn buffered(&self, output: Output) -> usize {
+        self.lock().inbound(output).buffer.len()
+    }
+
     /// Queues a signal; `false` when too many wait already.
     pub(super) fn signal(&self, number: u32) -> bool {
         let mut state = self.lock();
