@@ -59,7 +59,8 @@ pub enum LayerError {
     /// The output failed; the host's fault.
     #[error("the layer image could not be written")]
     Write(#[source] std::io::Error),
-    /// The archive ends before its end mark; the image's fault.
+    /// The archive ends inside an entry; the image's fault. One that ends between two entries is whole as far as can
+    /// be told here: the layer's digest tells the rest.
     #[error("the layer archive ends in the middle, after {offset} bytes")]
     Truncated {
         /// Bytes the archive has.

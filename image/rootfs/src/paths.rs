@@ -125,7 +125,9 @@ impl Paths {
             let child = tree.directory(*directory).and_then(|dir| dir.children.get(name).copied());
             if let Some(child) = child {
                 if let Some(directory) = tree.directory_mut(child) {
+                    // The lower layers' directory is gone, so this is a new one, even if no entry describes it.
                     directory.opaque = true;
+                    directory.implicit = false;
                 }
                 continue;
             }

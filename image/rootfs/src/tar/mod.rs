@@ -2,7 +2,7 @@
 //!
 //! Where the forms leave room, this follows Go's `archive/tar`, since it is what the runtimes that made and run these
 //! images use: links, devices and directories have no data whatever their size says, global pax headers say nothing,
-//! a GNU long name goes before a pax path. Unlike it, an archive that lacks its end mark is truncated.
+//! a GNU long name goes before a pax path, an archive may end without its end mark where an entry ends.
 
 mod header;
 mod pax;
@@ -94,6 +94,11 @@ impl<R: Read> Archive<R> {
         let mut extended = false;
         loop {
             self.skip_data()?;
+            // Some writers (umoci's `insert`) leave out the last padding and the end mark; who digests the stream
+            // knows if it was cut here.
+            if !extended && self.input.fill_buf().map_err(LayerError::Read)?.is_empty() {
+                return Ok(None);
+            }
             let block = self.block()?;
             if block.iter().all(|&b| b == 0) {
                 if extended {
@@ -277,9 +282,17 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
-    /// Passes over what is left of the current entry.
+    /// Passes over what is left of the current entry. A last entry may lack the padding after its data.
     fn skip_data(&mut self) -> Result<(), LayerError> {
-        self.data_bytes += std::mem::take(&mut self.padding_bytes);
+        self.skip()?;
+        self.data_bytes = std::mem::take(&mut self.padding_bytes);
+        if self.data_bytes > 0 && self.input.fill_buf().map_err(LayerError::Read)?.is_empty() {
+            self.data_bytes = 0;
+        }
+        self.skip()
+    }
+
+    fn skip(&mut self) -> Result<(), LayerError> {
         while self.data_bytes > 0 {
             let length = self.data(u64::MAX)?.len();
             self.consume(length);
