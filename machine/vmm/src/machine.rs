@@ -13,8 +13,8 @@ use crate::clock::{Nanoseconds, monotonic};
 use crate::console::Console;
 use crate::control::{Control, End};
 use crate::devices::{Devices, Effect, Ioapic, power};
-use crate::layout;
 use crate::shell::Shell;
+use crate::{host, layout};
 
 /// What the guest kernel prints when it gives up. Linux `kernel/panic.c`.
 const PANIC_LINE: &[u8] = b"Kernel panic - not syncing";
@@ -201,6 +201,9 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
 fn crash(exit: &Exit<'_>) -> String {
     match exit {
         Exit::Shutdown => "triple fault".into(),
+        Exit::InternalError(error) if host::is_pvm() => {
+            format!("{error} (this host emulates guest kernels; Kiln's own kernel is made for that)")
+        }
         Exit::InternalError(error) => error.to_string(),
         Exit::FailedEntry { reason } => format!("the processor refused the vCPU's state, reason {reason:#x}"),
         Exit::Unknown(reason) => format!("KVM exit {reason}, which Kiln does not know"),
