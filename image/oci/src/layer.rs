@@ -325,6 +325,22 @@ mod tests {
     }
 
     #[test]
+    fn an_archive_without_its_end_mark_is_taken_when_the_digests_are_right() {
+        let content = b"as umoci inserts";
+        let tar = tar_with(content);
+        for length in [1024, 512 + content.len()] {
+            let unmarked = &tar[..length];
+            for packed in [unmarked.to_vec(), gzip(unmarked)] {
+                convert_in_new_store(&layer(&packed, unmarked), &packed).0.expect("converted");
+                let (cut, _) = convert_in_new_store(&layer(&packed, &tar), &packed);
+                assert!(matches!(cut, Err(PullError::Corrupt { .. })), "{cut:?}");
+            }
+        }
+        let inside = &tar[..512 + content.len() - 1];
+        convert_in_new_store(&layer(inside, inside), inside).0.expect_err("cut inside an entry");
+    }
+
+    #[test]
     fn a_truncated_or_changed_layer_is_corrupt_and_leaves_nothing() {
         let tar = tar_with(&[3; 5000]);
         for packed in [tar.clone(), gzip(&tar), zstd_frame(&tar)] {
