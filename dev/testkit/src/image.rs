@@ -15,7 +15,7 @@ use crate::tar::{Entry, Tar};
 use crate::tool::{capture, run};
 
 /// Part of every image's name; another number makes all of them anew.
-const RECIPES_VERSION: u32 = 1;
+const RECIPES_VERSION: u32 = 2;
 
 /// An image in an OCI layout on this machine.
 #[derive(Clone, Debug)]
@@ -188,12 +188,12 @@ pub fn scratch() -> Result<Image> {
     Ok(Image::new(&layout, "latest"))
 }
 
-/// This release of Debian, minimal, and `/probe` in a second layer; made by debootstrap and umoci.
+/// This release of Debian, minimal; made by debootstrap and umoci.
 ///
 /// # Errors
 /// When a tool is missing or fails, or the mirror that apt uses does not answer.
 pub fn debian() -> Result<Image> {
-    let layout = once(&with_probe("debian")?, |dir| {
+    let layout = once("debian", |dir| {
         let (release, mirror) = mirror()?;
         umoci_image(dir, "debian", |root| {
             // debootstrap wants to make the root itself.
@@ -208,8 +208,20 @@ pub fn debian() -> Result<Image> {
             fs::remove_dir(root).context("the empty root")?;
             fs::rename(&tree, root).context("the tree")
         })?;
-        umoci_config(dir, "debian", &["--config.cmd", "bash", "--config.env", DEBIAN_PATH])?;
+        umoci_config(dir, "debian", &["--config.cmd", "bash", "--config.env", DEBIAN_PATH])
+    })?;
+    Ok(Image::new(&layout, "debian"))
+}
+
+/// [`debian`] and `/probe` in a second layer.
+///
+/// # Errors
+/// When a tool is missing or fails, or the mirror that apt uses does not answer.
+pub fn debian_with_probe() -> Result<Image> {
+    let base = debian()?;
+    let layout = once(&with_probe("debian-with-probe")?, |dir| {
         let image = Image::new(dir, "debian");
+        base.copy_to(&image.skopeo(), &[])?;
         run(Command::new("umoci").args(["insert", "--image"]).arg(image.umoci()).arg(probe()?).arg("/probe"))
     })?;
     Ok(Image::new(&layout, "debian"))
@@ -217,13 +229,13 @@ pub fn debian() -> Result<Image> {
 
 const DEBIAN_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Python on Debian: a third layer on [`debian`], made by installing the package in a chroot and repacking by umoci.
+/// Python on Debian: a second layer on [`debian`], made by installing the package in a chroot and repacking by umoci.
 ///
 /// # Errors
 /// When a tool is missing or fails, or the mirror that apt uses does not answer.
 pub fn python() -> Result<Image> {
     let base = debian()?;
-    let layout = once(&with_probe("python")?, |dir| {
+    let layout = once("python", |dir| {
         base.copy_to(&Image::new(dir, "python").skopeo(), &[])?;
         let bundle = dir.join("bundle");
         let root = Image::new(dir, "python").unpack(&bundle)?;
@@ -244,7 +256,7 @@ pub fn python() -> Result<Image> {
 /// When a tool is missing or fails, or the mirror that apt uses does not answer.
 pub fn node() -> Result<Image> {
     let base = debian()?;
-    let layout = once(&with_probe("node")?, |dir| {
+    let layout = once("node", |dir| {
         let storage = dir.join("storage");
         let buildah = |args: &[&str]| {
             let mut command = Command::new("buildah");

@@ -42,7 +42,7 @@ fn every_kind_of_metadata_survives() {
 
 #[test]
 fn a_debian_is_what_umoci_unpacks() {
-    guest_sees_what_umoci_unpacks(&kiln_testkit::image::debian().expect("the image"), "/usr/bin");
+    guest_sees_what_umoci_unpacks(&kiln_testkit::image::debian_with_probe().expect("the image"), "/usr/bin");
 }
 
 /// Everything in the store by name and size, temporary files of running processes aside.

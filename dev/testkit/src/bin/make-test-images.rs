@@ -14,6 +14,7 @@ const IMAGES: &[(&str, Maker)] = &[
     ("busybox", image::busybox),
     ("scratch", image::scratch),
     ("debian", image::debian),
+    ("debian with probe", image::debian_with_probe),
     ("python", image::python),
     ("node", image::node),
     ("deletions", nasty::deletions),
