@@ -79,8 +79,7 @@ pub(crate) fn content(mut bytes: impl Read) -> Kind {
 
 /// Of a directory tree of this machine.
 pub(crate) fn of_directory(root: &Path) -> Facts {
-    let mut facts = Facts::new();
-    let mut first_names = BTreeMap::new();
+    let mut found = Vec::new();
     let mut todo = vec![root.to_owned()];
     while let Some(path) = todo.pop() {
         let metadata = fs::symlink_metadata(&path).unwrap();
@@ -103,26 +102,33 @@ pub(crate) fn of_directory(root: &Path) -> Facts {
         } else {
             Kind::Socket
         };
-        let first: &mut Vec<u8> = first_names.entry(metadata.ino()).or_insert_with(|| name.clone());
-        if name < *first {
-            first.clone_from(&name);
-        }
         let fact = Fact {
             kind,
             mode: metadata.mode() & 0o7777,
             owner: (metadata.uid(), metadata.gid()),
             mtime: (metadata.mtime(), metadata.mtime_nsec() as u32),
             xattrs: xattrs(&path),
-            links: (metadata.nlink(), metadata.ino().to_le_bytes().to_vec()),
+            links: (metadata.nlink(), Vec::new()),
         };
+        found.push((name, (metadata.dev(), metadata.ino()), fact));
+    }
+    with_first_names(found)
+}
+/// Notes at each file the first of its names: inode numbers differ between trees, names do not. File systems count
+/// directories' links in several ways, so theirs say nothing.
+fn with_first_names<Key: Ord>(found: Vec<(Vec<u8>, Key, Fact)>) -> Facts {
+    let mut names: BTreeMap<&Key, &Vec<u8>> = BTreeMap::new();
+    for (name, key, _) in &found {
+        let first = names.entry(key).or_insert(name);
+        *first = (*first).min(name);
+    }
+    let firsts: Vec<Vec<u8>> = found.iter().map(|(_, key, _)| names[key].clone()).collect();
+    let mut facts = Facts::new();
+    for ((name, _, mut fact), first) in found.into_iter().zip(firsts) {
+        fact.links = if fact.kind == Kind::Directory { (0, Vec::new()) } else { (fact.links.0, first) };
         facts.insert(name, fact);
     }
-    // Inode numbers differ between trees; names do not.
-    for fact in facts.values_mut() {
-        let inode = u64::from_le_bytes(fact.links.1.as_slice().try_into().unwrap());
-        fact.links.1.clone_from(&first_names[&inode]);
-    }
-    without_directory_links(facts)
+    facts
 }
 
 fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
@@ -142,8 +148,7 @@ fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
 /// Of an EROFS image.
 pub(crate) fn of_image(image: &[u8]) -> Facts {
     let fs = EroFS::new(SliceImage::new(image)).unwrap();
-    let mut facts = Facts::new();
-    let mut first_names: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
+    let mut found = Vec::new();
     let root = fs.get_inode(fs.super_block().root_inode_id()).unwrap();
     let mut todo = vec![(Vec::new(), root)];
     for entry in fs.walk_dir("/").unwrap() {
@@ -162,33 +167,17 @@ pub(crate) fn of_image(image: &[u8]) -> Facts {
             FileType::Fifo => Kind::Fifo,
             _ => Kind::Socket,
         };
-        let first = first_names.entry(inode.id()).or_insert_with(|| path.clone());
-        if path < *first {
-            first.clone_from(&path);
-        }
         let fact = Fact {
             kind,
             mode: inode.permissions().mode(),
             owner: (inode.uid(), inode.gid()),
             mtime: inode.modified_unix(),
             xattrs: fs.xattrs_inode(inode).unwrap().into_iter().collect(),
-            links: (u64::from(inode.nlink()), inode.id().to_le_bytes().to_vec()),
+            links: (u64::from(inode.nlink()), Vec::new()),
         };
-        facts.insert(path, fact);
+        found.push((path, inode.id(), fact));
     }
-    for fact in facts.values_mut() {
-        let inode = u64::from_le_bytes(fact.links.1.as_slice().try_into().unwrap());
-        fact.links.1.clone_from(&first_names[&inode]);
-    }
-    without_directory_links(facts)
-}
-
-/// File systems count directories' links in several ways, so they say nothing.
-fn without_directory_links(mut facts: Facts) -> Facts {
-    for fact in facts.values_mut().filter(|fact| fact.kind == Kind::Directory) {
-        fact.links = (0, Vec::new());
-    }
-    facts
+    with_first_names(found)
 }
 
 /// Fails with the differences alone, since whole trees are long.
