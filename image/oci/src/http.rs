@@ -159,6 +159,11 @@ impl Http {
                 .and_then(|location| resolve(&url, location))
                 .and_then(|target| self.check_redirect(&url, &target).map(|()| target))
                 .map_err(|why| failed(&url, HttpErrorKind::Final, format!("bad redirect: {why}")))?;
+            if !body.is_empty() {
+                // A body is a credential here: what is posted is posted to whom it is for, or not at all.
+                let why = format!("it sends what was posted on to {}", host_of(&target));
+                return Err(failed(&url, HttpErrorKind::Final, why));
+            }
             if !same_origin(&url, &target) {
                 // Once dropped it stays dropped, also when a later redirect leads back.
                 authorization = None;

@@ -22,8 +22,8 @@ use crate::{Event, Image, ImageConfig, LayerInfo, Platform, Progress, PullError,
 const MAX_PARALLEL_LAYERS: usize = 4;
 /// The most manifests and indexes looked at to find the right one.
 const MAX_DOCUMENTS: usize = 16;
-/// How many pieces of a download may wait for the one who unpacks them, each some 16 KiB.
-const MAX_WAITING_PIECES: usize = 64;
+/// How many pieces of a download may wait for the one who unpacks them. hyper makes none larger than 400 KiB.
+const MAX_WAITING_PIECES: usize = 16;
 
 /// When to ask the source of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -112,15 +112,19 @@ pub async fn pull(
         }
     }
     progress.event(Event::Resolving { name: &name });
+    let mut known = if options.verify { None } else { known(store, &name, &platform).await? };
     let (origin, top, digest, media_type) = match source {
         Source::Registry(reference) => {
             let registry = Registry::connect(reference, options.allow_http, Arc::clone(&progress)).await?;
-            if !options.verify
+            // What the registry says counts only as far as it agrees with what is here and was checked.
+            if let Some((target, image)) = known.take()
                 && options.policy == PullPolicy::Always
-                && let Some(image) = unchanged(store, &name, &platform, &registry).await?
             {
-                progress.event(Event::Done { manifest: &image.digest, unchanged: true });
-                return Ok(image);
+                if registry.manifest_digest().await? == Some(target) {
+                    progress.event(Event::Done { manifest: &image.digest, unchanged: true });
+                    return Ok(image);
+                }
+                known = Some((target, image));
             }
             let fetched = registry.manifest(None).await?;
             (Origin::Registry(Box::new(registry)), fetched.bytes, fetched.digest, fetched.media_type)
@@ -131,6 +135,12 @@ pub async fn pull(
             (Origin::Files(Arc::new(files)), found.bytes, found.digest, None)
         }
     };
+    if let Some((target, image)) = known
+        && target == digest
+    {
+        progress.event(Event::Done { manifest: &image.digest, unchanged: true });
+        return Ok(image);
+    }
     let pull = Pull { name, platform, options, origin: Arc::new(origin), progress };
     let session_store = store.clone();
     let session = blocking(move || Ok(session_store.session()?)).await?;
@@ -150,23 +160,16 @@ fn in_store(store: &Store, source: &Source, platform: &Platform) -> Result<Optio
     Ok(image.filter(|image| platform.fit(&image.platform).is_some()))
 }
 
-/// The image the name means here, if the registry says it means the same there.
-async fn unchanged(
-    store: &Store,
-    name: &str,
-    platform: &Platform,
-    registry: &Registry,
-) -> Result<Option<Image>, PullError> {
+/// The image the name means here, and what the name meant at its source then. Damage counts as absence.
+async fn known(store: &Store, name: &str, platform: &Platform) -> Result<Option<(Digest, Image)>, PullError> {
     let (store, name, platform) = (store.clone(), name.to_owned(), platform.to_string());
-    let known = blocking(move || {
+    blocking(move || {
         let Some(tag) = store.tag(&name, &platform).or_else(none_if_damaged)? else { return Ok(None) };
         let image = Image::open(&store, &tag).or_else(none_if_damaged)?;
         let image = image.filter(|image| image.disk().is_ok());
         Ok(image.map(|image| (tag.target, image)))
-    });
-    let Some((target, image)) = known.await? else { return Ok(None) };
-    // What the registry says counts only as far as it agrees with what is here and was checked.
-    Ok((registry.manifest_digest().await? == Some(target)).then_some(image))
+    })
+    .await
 }
 
 fn open_files(source: &Source) -> Result<(Files, crate::local::Found), PullError> {
@@ -404,6 +407,7 @@ impl Pull<'_> {
         self.progress.event(Event::Resolved { manifest: &manifest_digest, layers: &infos });
 
         let given_up = GivenUp::default();
+        let (busy, mut idle) = mpsc::channel::<()>(1);
         let permits = Arc::new(Semaphore::new(MAX_PARALLEL_LAYERS));
         let mut tasks = JoinSet::new();
         for (place, info) in infos.iter().enumerate() {
@@ -423,6 +427,7 @@ impl Pull<'_> {
                 origin: Arc::clone(&self.origin),
                 progress: Arc::clone(&self.progress),
                 given_up: Arc::clone(&given_up.0),
+                busy: busy.clone(),
             };
             let permits = Arc::clone(&permits);
             tasks.spawn(async move {
@@ -431,10 +436,22 @@ impl Pull<'_> {
                 job.run().await
             });
         }
-        // The first failure ends the pull; dropping the set and `given_up` ends the others.
+        drop(busy);
+        let mut failure = None;
         while let Some(done) = tasks.join_next().await {
-            let record = done.map_err(|error| PullError::Internal(error.to_string()))??;
-            records.insert(record.diff_id, record);
+            match done.map_err(|error| PullError::Internal(error.to_string())).flatten() {
+                Ok(record) => _ = records.insert(record.diff_id, record),
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        if let Some(error) = failure {
+            // The first failure ends the pull: the others are told, and are through with the store before it is over.
+            drop((tasks, given_up));
+            idle.recv().await;
+            return Err(error);
         }
         let all = config.diff_ids.iter().map(|diff_id| records.get(diff_id).copied());
         all.collect::<Option<_>>().ok_or_else(|| PullError::Internal("a layer was forgotten".to_owned()))
@@ -460,6 +477,8 @@ struct Job {
     origin: Arc<Origin>,
     progress: Arc<dyn Progress>,
     given_up: Arc<AtomicBool>,
+    /// Held by what runs on a thread of its own for as long as it does.
+    busy: mpsc::Sender<()>,
 }
 
 impl Job {
@@ -469,8 +488,9 @@ impl Job {
         let counting = Counting { place, progress: self.progress, bytes: AtomicU64::new(0) };
         let record = match &*self.origin {
             Origin::Files(files) => {
-                let (files, given_up) = (Arc::clone(files), self.given_up);
+                let (files, given_up, busy) = (Arc::clone(files), self.given_up, self.busy);
                 blocking(move || {
+                    let _busy = busy;
                     let part = counting.read(files.open_blob(&layer.digest)?);
                     convert(&session, &layer, FromFile::new(part, given_up))
                 })
@@ -478,7 +498,9 @@ impl Job {
             }
             Origin::Registry(registry) => {
                 let (pieces, received) = mpsc::channel::<Piece>(MAX_WAITING_PIECES);
+                let busy = self.busy;
                 let converting = blocking(move || {
+                    let _busy = busy;
                     let download = Download::new(received);
                     convert(&session, &layer, CountedDownload { download, counting })
                 });

@@ -117,9 +117,12 @@ impl Registry {
     /// What the registry says the digest of the manifest is, without fetching it; `None` when it does not say.
     pub(crate) async fn manifest_digest(&self) -> Result<Option<Digest>, PullError> {
         let path = self.manifest_path(None);
-        let answer =
-            self.request(Method::HEAD, &path, &accept_manifests(), &self.reference.to_string()).await?;
-        Ok(content_digest(&answer.headers))
+        match self.request(Method::HEAD, &path, &accept_manifests(), &self.reference.to_string()).await {
+            Ok(answer) => Ok(content_digest(&answer.headers)),
+            // Not every registry answers HEAD; all of them answer GET, which comes next.
+            Err(PullError::Registry { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Fetches the manifest or index the reference means, or that with `digest`.

@@ -83,6 +83,10 @@ impl Session {
             return Err(StoreError::TooLarge { what: "a blob", bytes, limit: MAX_BLOB_BYTES });
         }
         let name = Digest::of(content);
+        // Here already and sound: nothing to write. Damaged: written anew.
+        if let Ok(Some(_)) = self.use_blob(&name) {
+            return Ok(name);
+        }
         self.pin(Folder::Blobs, &name.hex())?;
         self.put_file(Folder::Blobs, &name.hex(), content)?;
         Ok(name)

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use kiln_oci::PullError;
+use kiln_testkit::http::{Response, Server};
 use kiln_testkit::registry::{Access, IDENTITY_TOKEN, PASSWORD, Registry, USER, basic_auth};
 
 use crate::{Place, child, layer, push};
@@ -114,6 +115,28 @@ fn an_identity_token_is_traded_for_a_bearer_token() {
     // The token went to the service in the body, not where logs keep it.
     let requests = registry.tokens().expect("a token server").requests();
     assert!(requests.iter().all(|request| !request.path.contains(IDENTITY_TOKEN)));
+}
+
+#[test]
+fn an_identity_token_is_not_sent_on_by_a_redirect() {
+    let place = Place::new();
+    let thief = Server::start("127.0.0.2", |_| Response::new(200, r#"{"token": "x"}"#)).expect("a server");
+    let target = thief.url("/token");
+    let service =
+        Server::start("127.0.0.1", move |_| Response::new(307, "").header("Location", target.clone()));
+    let service = service.expect("a server");
+    let challenge = format!(r#"Bearer realm="{}",service="x""#, service.url("/token"));
+    let registry = Server::start("127.0.0.1", move |_| {
+        Response::new(401, "").header("WWW-Authenticate", challenge.clone())
+    })
+    .expect("a server");
+    let config =
+        serde_json::json!({"auths": {registry.address().to_string(): {"identitytoken": IDENTITY_TOKEN}}});
+    let error =
+        pull_with(&config, &format!("{}/app:1", registry.address()), &place, |_| ()).expect_err("refused");
+    assert!(error.contains("posted on"), "{error}");
+    assert_eq!(service.requests().len(), 1);
+    assert_eq!(thief.requests().len(), 0);
 }
 
 #[test]

@@ -55,7 +55,13 @@ async fn a_file_that_changed_is_another_image() {
     one_image(&folder, &[layer("a", b"one")]);
     let first = place.pull(&name).await.expect("pulled");
     one_image(&folder, &[layer("a", b"two")]);
-    let second = place.pull(&name).await.expect("pulled");
+    let told = std::sync::Arc::new(crate::Told::default());
+    let source: kiln_oci::Source = name.parse().expect("a source");
+    let second =
+        kiln_oci::pull(&place.store, &source, &PullOptions::default(), told.clone()).await.expect("pulled");
+    assert_eq!(told.count("Done unchanged=false"), 1);
+    kiln_oci::pull(&place.store, &source, &PullOptions::default(), told.clone()).await.expect("still there");
+    assert_eq!((told.count("Done unchanged=true"), told.count("Resolved")), (1, 1), "{:?}", told.lines());
     assert_ne!(first.digest, second.digest);
     assert_has(&second, b"two");
 }

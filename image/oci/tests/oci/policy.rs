@@ -66,6 +66,22 @@ async fn always_costs_one_request_when_nothing_moved() {
 }
 
 #[tokio::test]
+async fn a_registry_that_knows_no_head_is_asked_otherwise() {
+    let place = Place::new();
+    let served = Served::new(&place, &[layer("a", b"x")]);
+    let registry = Server::start("127.0.0.1", move |request| match request.method.as_str() {
+        "HEAD" => kiln_testkit::http::Response::new(405, ""),
+        _ => served.answer(request),
+    })
+    .expect("a server");
+    let name = format!("{}/app:1", registry.address());
+    let digest = place.pull_always(&name).await.expect("pulled").digest;
+    assert_eq!(place.pull_always(&name).await.expect("pulled again").digest, digest);
+    let blobs = registry.requests().iter().filter(|request| request.path.contains("/blobs/")).count();
+    assert_eq!(blobs, 2, "config and layer, once");
+}
+
+#[tokio::test]
 async fn never_means_never() {
     let place = Place::new();
     let registry = Registry::start(Access::Open).expect("a registry");

@@ -71,13 +71,7 @@ fn credentials_never_follow_a_redirect_to_another_host() {
             files.answer(request)
         })
         .expect("a server");
-        let home = tempfile::tempdir_in(place.folder.path()).expect("a home");
-        fs::create_dir(home.path().join(".docker")).expect("made");
-        let config =
-            json!({"auths": {registry.address().to_string(): {"auth": basic_auth("ada", "secret")}}});
-        fs::write(home.path().join(".docker/config.json"), config.to_string()).expect("written");
-        let image = format!("{}/app:1", registry.address());
-        let pulled = child::outcome(&mut child::command(&image, home.path()));
+        let pulled = pull_with_password(&registry, &place);
         assert_eq!(pulled, Ok(manifest.clone()), "{what}");
         let requests = cdn.requests();
         assert!(!requests.is_empty(), "{what}: nothing was redirected");
@@ -89,12 +83,24 @@ fn credentials_never_follow_a_redirect_to_another_host() {
     }
 }
 
-#[tokio::test]
-async fn a_challenge_after_a_redirect_is_not_answered() {
+/// Gives a child credentials for a registry, pulls with it, and says how that went.
+fn pull_with_password(registry: &Server, place: &Place) -> Result<String, String> {
+    let home = tempfile::tempdir_in(place.folder.path()).expect("a home");
+    fs::create_dir(home.path().join(".docker")).expect("made");
+    let config = json!({"auths": {registry.address().to_string(): {"auth": basic_auth("ada", "secret")}}});
+    fs::write(home.path().join(".docker/config.json"), config.to_string()).expect("written");
+    child::outcome(&mut child::command(&format!("{}/app:1", registry.address()), home.path()))
+}
+
+#[test]
+fn a_challenge_after_a_redirect_is_not_answered() {
     let place = Place::new();
     let served = Served::new(&place, &[layer("a", b"x")]);
-    let thief = Server::start("127.0.0.2", |_| {
-        Response::new(401, "").header("WWW-Authenticate", "Basic realm=\"give it to me\"")
+    let collector =
+        Server::start("127.0.0.3", |_| Response::new(200, r#"{"token": "x"}"#)).expect("a server");
+    let challenge = format!(r#"Bearer realm="{}",service="x""#, collector.url("/give-it-to-me"));
+    let thief = Server::start("127.0.0.2", move |_| {
+        Response::new(401, "").header("WWW-Authenticate", challenge.clone())
     })
     .expect("a server");
     let target = thief.url("/steal");
@@ -105,10 +111,10 @@ async fn a_challenge_after_a_redirect_is_not_answered() {
         served.answer(request)
     })
     .expect("a server");
-    let error = place.pull(&format!("{}/app:1", registry.address())).await.expect_err("refused");
-    assert!(error.to_string().contains("access denied"), "{error}");
+    let error = pull_with_password(&registry, &place).expect_err("refused");
+    assert!(error.contains("access denied"), "{error}");
     assert_eq!(thief.requests().len(), 1, "it is not asked again with anything to show");
-    place.assert_nothing_is_left();
+    assert_eq!(collector.requests().len(), 0, "nobody it names is given the credentials");
 }
 
 #[tokio::test]
