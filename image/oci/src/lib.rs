@@ -13,6 +13,7 @@ mod auth;
 mod config;
 mod credentials;
 mod error;
+mod fetch;
 mod http;
 mod image;
 mod layer;

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use kiln_rootfs::{FORMAT_VERSION, LayerReader, MergeError, merge};
@@ -12,18 +11,17 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::config::MAX_CONFIG_BYTES;
-use crate::layer::{Download, FromFile, Layer, MAX_LAYER_BYTES, convert, storage};
+use crate::fetch::{GivenUp, Job, Origin, blocking};
+use crate::layer::{Layer, MAX_LAYER_BYTES, storage};
 use crate::local::Files;
-use crate::manifest::{Descriptor, Document, Index, MAX_MANIFEST_BYTES, Manifest, parse_document};
-use crate::registry::{Piece, Registry};
+use crate::manifest::{Descriptor, Document, Index, Manifest, parse_document};
+use crate::registry::Registry;
 use crate::{Event, Image, ImageConfig, LayerInfo, Platform, Progress, PullError, Source, parse_config};
 
 /// The most layers that are fetched and made into objects at once.
 const MAX_PARALLEL_LAYERS: usize = 4;
 /// The most manifests and indexes looked at to find the right one.
 const MAX_DOCUMENTS: usize = 16;
-/// How many pieces of a download may wait for the one who unpacks them. hyper makes none larger than 400 KiB.
-const MAX_WAITING_PIECES: usize = 16;
 
 /// When to ask the source of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -190,31 +188,6 @@ fn open_files(source: &Source) -> Result<(Files, crate::local::Found), PullError
             Ok((files, found))
         }
         Source::Registry(_) => Err(PullError::Internal("a registry is no file".to_owned())),
-    }
-}
-
-/// Where content comes from.
-enum Origin {
-    Registry(Box<Registry>),
-    Files(Arc<Files>),
-}
-
-impl Origin {
-    async fn blob(&self, blob: &Descriptor, limit: u64) -> Result<Vec<u8>, PullError> {
-        match self {
-            Self::Registry(registry) => registry.blob(blob, limit).await,
-            Self::Files(files) => {
-                let (files, digest) = (Arc::clone(files), blob.digest);
-                blocking(move || files.blob(&digest, limit)).await
-            }
-        }
-    }
-
-    async fn document(&self, blob: &Descriptor) -> Result<Vec<u8>, PullError> {
-        match self {
-            Self::Registry(registry) => Ok(registry.manifest(Some(&blob.digest)).await?.bytes),
-            Self::Files(_) => self.blob(blob, MAX_MANIFEST_BYTES).await,
-        }
     }
 }
 
@@ -458,116 +431,6 @@ impl Pull<'_> {
     }
 }
 
-/// Tells conversions that run on their own threads that nobody waits for them any more.
-#[derive(Default)]
-struct GivenUp(Arc<AtomicBool>);
-
-impl Drop for GivenUp {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// One layer on its way into the store.
-struct Job {
-    place: usize,
-    blob: Descriptor,
-    layer: Layer,
-    session: Session,
-    origin: Arc<Origin>,
-    progress: Arc<dyn Progress>,
-    given_up: Arc<AtomicBool>,
-    /// Held by what runs on a thread of its own for as long as it does.
-    busy: mpsc::Sender<()>,
-}
-
-impl Job {
-    async fn run(self) -> Result<LayerRecord, PullError> {
-        let (layer, session, place, progress) =
-            (self.layer, self.session, self.place, Arc::clone(&self.progress));
-        let counting = Counting { place, progress: self.progress, bytes: AtomicU64::new(0) };
-        let record = match &*self.origin {
-            Origin::Files(files) => {
-                let (files, given_up, busy) = (Arc::clone(files), self.given_up, self.busy);
-                blocking(move || {
-                    let _busy = busy;
-                    let part = counting.read(files.open_blob(&layer.digest)?);
-                    convert(&session, &layer, FromFile::new(part, given_up))
-                })
-                .await
-            }
-            Origin::Registry(registry) => {
-                let (pieces, received) = mpsc::channel::<Piece>(MAX_WAITING_PIECES);
-                let busy = self.busy;
-                let converting = blocking(move || {
-                    let _busy = busy;
-                    let download = Download::new(received);
-                    convert(&session, &layer, CountedDownload { download, counting })
-                });
-                let streaming = async {
-                    registry.stream(&self.blob, &pieces).await;
-                    // The reader must see the end of the pieces also when the download ended without saying so.
-                    drop(pieces);
-                };
-                let (record, ()) = tokio::join!(converting, streaming);
-                record
-            }
-        }?;
-        progress.event(Event::LayerDone { layer: place });
-        Ok(record)
-    }
-}
-
-/// Counts a layer's bytes for its user.
-struct Counting {
-    place: usize,
-    progress: Arc<dyn Progress>,
-    bytes: AtomicU64,
-}
-
-impl Counting {
-    fn add(&self, count: usize) {
-        let bytes = self.bytes.fetch_add(count as u64, Ordering::Relaxed) + count as u64;
-        self.progress.event(Event::LayerProgress { layer: self.place, bytes });
-    }
-
-    fn read<R: std::io::Read>(self, inner: R) -> CountingReader<R> {
-        CountingReader { inner, counting: self }
-    }
-}
-
-struct CountingReader<R> {
-    inner: R,
-    counting: Counting,
-}
-
-impl<R: std::io::Read> std::io::Read for CountingReader<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.inner.read(buffer)?;
-        self.counting.add(count);
-        Ok(count)
-    }
-}
-
-struct CountedDownload {
-    download: Download,
-    counting: Counting,
-}
-
-impl std::io::Read for CountedDownload {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.download.read(buffer)?;
-        self.counting.add(count);
-        Ok(count)
-    }
-}
-
-impl crate::layer::Source for CountedDownload {
-    fn failure(&mut self) -> Option<PullError> {
-        self.download.failure()
-    }
-}
-
 /// The record of the image if it is sound; damage counts as absence, for the image is about to be made again.
 fn known_image(session: &Session, manifest: &Digest, verify: bool) -> Result<Option<ImageRecord>, PullError> {
     let known = session.use_image(manifest).or_else(none_if_damaged)?;
@@ -616,15 +479,5 @@ fn merge_layers(session: &Session, manifest: &Digest, layers: &[LayerRecord]) ->
         Ok(_) => Ok(object.finish()?),
         Err(MergeError::Write(error)) => Err(storage(session, error)),
         Err(error) => Err(failed(Arc::new(error))),
-    }
-}
-
-/// Runs what blocks where it may.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, PullError> + Send + 'static,
-) -> Result<T, PullError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => Err(PullError::Internal(error.to_string())),
     }
 }
