@@ -16,18 +16,21 @@ use crate::failure::Failure;
 pub(crate) struct EventLog {
     file: Option<Arc<Mutex<File>>>,
     output_seen: Arc<AtomicBool>,
+    /// When the log was opened, if phases are shown to the user as well.
+    shown_since_ns: Option<u64>,
 }
 
 impl EventLog {
-    /// Opens the file, emptied; `None` writes nowhere.
+    /// Opens the file, emptied; `None` writes nowhere. Phases are also shown on stderr when the user wants to see them.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub(crate) fn open(path: Option<&Path>) -> Result<Self, Failure> {
-        let Some(path) = path else { return Ok(Self::default()) };
+    pub(crate) fn open(path: Option<&Path>, shown: bool) -> Result<Self, Failure> {
+        let log = Self { shown_since_ns: shown.then(monotonic_ns), ..Self::default() };
+        let Some(path) = path else { return Ok(log) };
         let file = File::create(path)
             .map_err(|error| Failure::caller(format!("cannot write {}: {error}", path.display())))?;
-        Ok(Self { file: Some(Arc::new(Mutex::new(file))), ..Self::default() })
+        Ok(Self { file: Some(Arc::new(Mutex::new(file))), ..log })
     }
 
     /// Writes a phase that is reached now.
@@ -49,6 +52,10 @@ impl EventLog {
 
     /// Writes a phase with particulars.
     pub(crate) fn with(&self, event: &str, monotonic_ns: u64, particulars: Map<String, Value>) {
+        if let Some(since) = self.shown_since_ns {
+            let milliseconds = monotonic_ns.saturating_sub(since) as f64 / 1e6;
+            crate::terminal::note(&format!("{milliseconds:10.3} ms  {event}"));
+        }
         let Some(file) = &self.file else { return };
         let mut object = Map::new();
         object.insert("event".into(), json!(event));

@@ -29,7 +29,7 @@ const SHOW_CONSOLE: u8 = 2;
 /// # Errors
 /// What is to be reported with exit code [`FAILED`].
 pub(crate) async fn run(context: &Context, args: Run) -> Result<u8, Failure> {
-    let events = EventLog::open(args.json_events.as_deref())?;
+    let events = EventLog::open(args.json_events.as_deref(), context.global.verbose > 0)?;
     events.now("started");
     if args.tty && args.interactive && !io::stdin().is_terminal() {
         return Err(Failure::caller("-t with -i needs a terminal at stdin, and this is none")
@@ -77,11 +77,7 @@ async fn start(
         Some(name) => name.clone(),
         None => random_name().map_err(Failure::host)?,
     };
-    let mut launch = Launch::new(&image.config, overrides(args, env))?;
-    launch.default_env("HOSTNAME", &hostname);
-    if args.tty {
-        launch.default_env("TERM", "xterm");
-    }
+    let launch = Launch::new(&image.config, overrides(args, env))?;
 
     let booting = progress::spinner(context, format!("starting {}", args.image));
     let vm = machine(context, args, guest, &store, &image, hostname, events)?.start().await?;
@@ -184,9 +180,9 @@ async fn attend(
         tokio::spawn(streams::carry_in(stdin));
     }
     let stdout =
-        child.stdout.take().map(|from| streams::carry_out(from, tokio::io::stdout(), events.clone()));
+        child.stdout.take().map(|from| streams::carry_out(from, rustix::stdio::stdout(), events.clone()));
     let stderr =
-        child.stderr.take().map(|from| streams::carry_out(from, tokio::io::stderr(), events.clone()));
+        child.stderr.take().map(|from| streams::carry_out(from, rustix::stdio::stderr(), events.clone()));
     let outputs = async {
         let carried = tokio::join!(OptionFuture::from(stdout), OptionFuture::from(stderr));
         carried.0.unwrap_or(Ok(())).and(carried.1.unwrap_or(Ok(())))

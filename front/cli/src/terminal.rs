@@ -66,9 +66,14 @@ pub(crate) fn size() -> WindowSize {
     }
 }
 
-/// Shows a warning, on a line of its own also while the terminal is raw.
+/// Shows a warning.
 pub(crate) fn warn(line: &str) {
+    note(&format!("warning: {line}"));
+}
+
+/// Shows a line on stderr, also while the terminal is raw.
+pub(crate) fn note(line: &str) {
     let end = if saved().is_some() { "\r\n" } else { "\n" };
-    // A warning nobody can see is no reason to stop.
-    let _ = write!(io::stderr(), "warning: {line}{end}");
+    // A line nobody can see is no reason to stop.
+    let _ = write!(io::stderr(), "{line}{end}");
 }

@@ -68,10 +68,15 @@ impl Launch {
             Some(name) => signal::number(name).ok_or_else(|| LaunchError::StopSignal(name.to_owned()))?,
             None => signal::SIGTERM,
         };
-        let workdir = overrides.workdir.unwrap_or_else(|| config.working_dir.clone());
-        if !workdir.is_empty() && !workdir.starts_with('/') {
-            return Err(LaunchError::Workdir(workdir));
-        }
+        let workdir = match overrides.workdir {
+            Some(given) if !given.starts_with('/') => return Err(LaunchError::Workdir(given)),
+            Some(given) => given,
+            // Docker takes an image's relative directory from the root.
+            None if config.working_dir.starts_with('/') || config.working_dir.is_empty() => {
+                config.working_dir.clone()
+            }
+            None => format!("/{}", config.working_dir),
+        };
         let mut env = Vec::new();
         for word in config.env.iter().map(OsString::from).chain(overrides.env) {
             set(&mut env, word);
@@ -83,13 +88,6 @@ impl Launch {
             workdir,
             stop_signal,
         })
-    }
-
-    /// Sets a variable unless image or caller did.
-    pub fn default_env(&mut self, key: &str, value: &str) {
-        if !self.env.iter().any(|word| key_of(word) == key.as_bytes()) {
-            self.env.push(format!("{key}={value}").into());
-        }
     }
 }
 
@@ -172,10 +170,8 @@ mod tests {
     fn a_later_variable_takes_the_place_of_an_earlier_one() {
         let overrides =
             Overrides { env: vec!["A=2".into(), "B=3".into(), "A=4".into()], ..Overrides::default() };
-        let mut launch = Launch::new(&config(), overrides).expect("a command");
-        launch.default_env("A", "no");
-        launch.default_env("TERM", "xterm");
-        assert_eq!(launch.env, ["PATH=/bin", "A=4", "B=3", "TERM=xterm"]);
+        let launch = Launch::new(&config(), overrides).expect("a command");
+        assert_eq!(launch.env, ["PATH=/bin", "A=4", "B=3"]);
     }
 
     #[test]
