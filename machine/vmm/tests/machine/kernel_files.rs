@@ -100,9 +100,15 @@ fn segments_that_do_not_fit_are_refused() {
     assert!(matches!(load(&put(elf(), at::LOAD_AT, &at_end)), Err(BootError::TooLarge { .. })));
     let wraps = put(elf(), at::LOAD_AT, &u64::MAX.to_le_bytes());
     assert!(matches!(load(&wraps), Err(BootError::Malformed(_))));
-    assert!(matches!(load(&put(elf(), at::LOAD_AT, &[0; 8])), Err(BootError::Malformed(_))), "below 1 MiB");
+    for below in [0_u64, 0xf_f000] {
+        let file = put(elf(), at::LOAD_AT, &below.to_le_bytes());
+        assert!(matches!(load(&file), Err(BootError::Malformed(_))), "below 1 MiB");
+    }
     assert!(matches!(load(&put(elf(), at::LOAD_BYTES, &huge)), Err(BootError::Malformed(_))));
-    assert!(matches!(load(&put(elf(), at::LOAD_OFFSET, &huge)), Err(BootError::Malformed(_))));
+    for beyond in [1_u64 << 62, u64::MAX] {
+        let file = put(elf(), at::LOAD_OFFSET, &beyond.to_le_bytes());
+        assert!(matches!(load(&file), Err(BootError::Malformed(_))), "outside the file");
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! The monitor program: one process, one machine, one channel.
 
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::{Child, Command, ExitStatus};
 
 use kiln_control::{
     Blame, Channel, ChannelError, Command as Order, Connect, Disk, Do, EndReason, Ended, Event, Extent,
@@ -25,14 +25,11 @@ impl Monitor {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .expect("a pair");
-        // The shell moves the socket to descriptor 3, which needs no unsafe code here.
-        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).expect("inheritable");
+        // The shell moves the socket from its standard input to descriptor 3, which needs no unsafe code here, and
+        // leaks a descriptor of its own, as careless hosts do.
         let child = Command::new("/bin/sh")
-            .arg("-c")
-            .arg(format!("exec \"$0\" 3<&{}", theirs.as_raw_fd()))
-            .arg(PROGRAM)
-            .stdin(Stdio::null())
-            .stderr(Stdio::inherit())
+            .args(["-c", "exec \"$0\" 3<&0 0</dev/null 9<\"$0\"", PROGRAM])
+            .stdin(theirs)
             .spawn()
             .expect("a process");
         Self { child, channel: Channel::new(ours) }
@@ -221,17 +218,15 @@ fn a_connection_the_guest_cannot_take_is_closed() {
 
 #[test]
 fn the_monitor_keeps_no_descriptor_it_was_not_given() {
-    // The shell that starts it leaves the socket's old number open; the monitor closes it, so its death is the only
-    // thing left that keeps the peer open.
     let monitor = Monitor::start(&Guest::default().ring(2).halt().elf());
     while !matches!(monitor.event(), Happened::Ready(_)) {}
     let open: Vec<String> = std::fs::read_dir(format!("/proc/{}/fd", monitor.child.id()))
         .expect("its descriptors")
         .filter_map(|entry| std::fs::read_link(entry.expect("an entry").path()).ok())
         .map(|target| target.to_string_lossy().into_owned())
-        .filter(|target| target.starts_with("socket:"))
         .collect();
-    assert_eq!(open.len(), 1, "{open:?}");
+    assert!(!open.iter().any(|target| target == PROGRAM), "{open:?}");
+    assert_eq!(open.iter().filter(|target| target.starts_with("socket:")).count(), 1, "{open:?}");
     assert!(monitor.exit().success());
 }
 
