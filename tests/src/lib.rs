@@ -41,9 +41,9 @@ pub fn kiln<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     command
 }
 
-/// `kiln run OPTIONS IMAGE -- COMMAND`.
+/// `kiln run --quiet OPTIONS IMAGE -- COMMAND`, so that what is on stderr is the command's or an error.
 pub fn kiln_run(options: &[&str], image: &Image, command: &[&str]) -> Command {
-    let mut kiln = kiln(["run"]);
+    let mut kiln = kiln(["run", "--quiet"]);
     kiln.args(options).arg(image.reference());
     if !command.is_empty() {
         kiln.arg("--").args(command);

@@ -141,7 +141,7 @@ fn archives_of_both_kinds_run() {
     for kind in ["docker-archive", "oci-archive"] {
         let file = place.path().join(kind);
         image.copy_to(&format!("{kind}:{}:test/busybox:latest", file.display()), &[]).expect("skopeo copies");
-        let mut command = kiln(["run"]);
+        let mut command = kiln(["run", "--quiet"]);
         command.arg(format!("{kind}:{}", file.display())).args(["--", "echo", kind]);
         Outcome::of(&mut command).prints(&format!("{kind}\n"));
     }

@@ -21,8 +21,8 @@ fn signals_are_forwarded_to_the_command() {
 }
 
 #[test]
-fn a_command_without_a_handler_dies_of_the_signal() {
-    let mut session = Session::start(&mut kiln_run(&[], &busybox(), &["sh", "-c", WAIT]));
+fn a_command_that_is_not_process_1_and_has_no_handler_dies_of_the_signal() {
+    let mut session = Session::start(&mut kiln_run(&["--init"], &busybox(), &["sh", "-c", WAIT]));
     session.wait_for("ready");
     session.signal(Signal::INT);
     session.finish().code(130);

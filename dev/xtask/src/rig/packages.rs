@@ -51,19 +51,23 @@ fn release(root: &Path) -> Result<String> {
     name.into_string().ok().context("the kernel's release is not text")
 }
 
-/// The newest package with Debian's general kernel of the series.
+/// The newest package with Debian's general kernel of the series; on a machine without package lists, after fetching
+/// them.
 fn newest_kernel_package() -> Result<String> {
+    if let Some(name) = find_kernel_package()? {
+        return Ok(name);
+    }
+    process::run(apt_get(&[]).arg("update").stdout(Stdio::null()))?;
+    find_kernel_package()?.with_context(|| format!("apt knows no package {KERNEL_PACKAGES}*-amd64"))
+}
+
+fn find_kernel_package() -> Result<Option<String>> {
     let names = process::output(Command::new("apt-cache").args(["pkgnames", KERNEL_PACKAGES]))?;
-    let mut names: Vec<&str> = names
+    let names = names
         .lines()
         .filter(|name| name.ends_with("-amd64"))
-        .filter(|name| ["cloud", "rt-amd64", "dbg"].iter().all(|other| !name.contains(other)))
-        .collect();
-    names.sort_by_key(|name| numbers(name));
-    match names.last() {
-        Some(name) => Ok((*name).to_owned()),
-        None => bail!("apt knows no package {KERNEL_PACKAGES}*-amd64\nhint: run `apt-get update`"),
-    }
+        .filter(|name| ["cloud", "rt-amd64", "dbg"].iter().all(|other| !name.contains(other)));
+    Ok(names.max_by_key(|name| numbers(name)).map(str::to_owned))
 }
 
 /// The numbers in a name in order, by which versions compare.
