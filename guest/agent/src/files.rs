@@ -6,6 +6,8 @@ use alloc::vec::Vec;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::sys;
+
 /// The most bytes read of any file.
 const MAX_FILE_BYTES: usize = 8 << 20;
 
@@ -30,19 +32,16 @@ pub(crate) fn read(path: &str) -> Result<Vec<u8>, Errno> {
         return Err(Errno::FBIG);
     }
     // Files of procfs have size 0, so there is always room for some more; a file that grows meanwhile is cut there.
-    let mut contents = vec![0; size + 4096];
-    let mut length = 0;
-    while length < contents.len() {
-        match rustix::io::read(&file, &mut contents[length..])? {
-            0 => break,
-            bytes => length += bytes,
-        }
+    let most = size + 4096;
+    let mut contents = Vec::new();
+    while contents.len() < most {
+        let rest = most - contents.len();
+        let bytes = sys::read_onto(&file, &mut contents, rest)?;
         // A regular file comes whole, so no second call is made to hear that it has ended.
-        if size > 0 && length >= size {
+        if bytes == 0 || (size > 0 && contents.len() >= size) {
             break;
         }
     }
-    contents.truncate(length);
     Ok(contents)
 }
 

@@ -301,6 +301,8 @@ impl Input {
         self.window = self.window.checked_sub(bytes.len() as u64).ok_or(Violation)?;
         // Once nobody reads, the window stays used up and the host stops.
         if self.to.is_some() {
+            // What was taken makes room first: the queue holds what is on its way, and that is at most the window.
+            self.queue.drain(..core::mem::take(&mut self.taken));
             self.queue.extend_from_slice(bytes);
         }
         Ok(())
@@ -431,33 +433,29 @@ impl Output {
         let room = if self.lost { u64::MAX } else { self.credit };
         let room = room.min(self.left.unwrap_or(u64::MAX)).min(MAX_DATA_BYTES as u64) as usize;
         let start = out.len();
-        out.resize(start + HEADER_BYTES + room, 0);
+        out.resize(start + HEADER_BYTES, 0);
         let read = loop {
-            match rustix::io::read(from, &mut out[start + HEADER_BYTES..]) {
+            match sys::read_onto(from, out, room) {
                 Err(Errno::INTR) => {}
                 read => break read,
             }
         };
         let bytes = match read {
             Ok(bytes) if bytes > 0 => bytes,
-            Err(Errno::AGAIN) if self.left.is_none() => {
-                self.readable = false;
-                0
-            }
-            // The end: all writers are gone, a terminal is hung up (EIO), or the command ended and left no more.
-            _ => {
-                self.close();
-                0
+            end => {
+                out.truncate(start);
+                if end == Err(Errno::AGAIN) && self.left.is_none() {
+                    self.readable = false;
+                } else {
+                    // All writers are gone, a terminal is hung up (EIO), or the command ended and left no more.
+                    self.close();
+                }
+                return;
             }
         };
-        if bytes == 0 {
-            out.truncate(start);
-            return;
-        }
         if self.lost {
             out.truncate(start);
         } else {
-            out.truncate(start + HEADER_BYTES + bytes);
             out[start..start + HEADER_BYTES].copy_from_slice(&frame::header(self.kind, bytes));
             self.credit -= bytes as u64;
         }
@@ -469,5 +467,50 @@ impl Output {
                 self.close();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use alloc::vec;
+    use std::io::Read as _;
+
+    /// stdin of a command, the command's end, and an event loop.
+    fn input() -> (Input, std::io::PipeReader, OwnedFd) {
+        let (read, write) = std::io::pipe().expect("a pipe");
+        let write: OwnedFd = write.into();
+        rustix::fs::fcntl_setfl(&write, rustix::fs::OFlags::NONBLOCK).expect("a pipe");
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).expect("an event loop");
+        (Input::new(Some(Rc::new(write)), false), read, epoll)
+    }
+
+    #[test]
+    fn stdin_that_never_runs_dry_takes_no_more_memory_than_the_window() {
+        let (mut input, mut reader, epoll) = input();
+        let registrar = Registrar { epoll: epoll.as_fd(), data: &|_| EventData::new_u64(0) };
+        let (mut window, mut sent, mut read) = (INITIAL_CREDIT_BYTES, 0_u64, 0_u64);
+        while sent < 20 * INITIAL_CREDIT_BYTES {
+            let piece = window.min(MAX_DATA_BYTES as u64);
+            let bytes: Vec<u8> = (sent..sent + piece).map(|at| (at % 251) as u8).collect();
+            input.receive(&bytes).expect("no more than the window");
+            (window, sent) = (window - piece, sent + piece);
+            assert!(input.queue.len() as u64 <= INITIAL_CREDIT_BYTES, "{} bytes wait", input.queue.len());
+
+            input.writable = true;
+            window += input.advance(&registrar);
+            let mut taken = vec![0; 20_000];
+            reader.read_exact(&mut taken).expect("bytes in the pipe");
+            assert!(taken.iter().zip(read..).all(|(byte, at)| u64::from(*byte) == at % 251));
+            read += taken.len() as u64;
+        }
+    }
+
+    #[test]
+    fn stdin_beyond_the_window_is_a_violation() {
+        let (mut input, _reader, _epoll) = input();
+        assert_eq!(input.receive(&vec![0; INITIAL_CREDIT_BYTES as usize]), Ok(()));
+        assert_eq!(input.receive(&[0]), Err(Violation));
     }
 }

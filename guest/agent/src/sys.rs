@@ -11,10 +11,12 @@ mod child;
 mod heap;
 mod page;
 mod random;
+mod read;
 mod vsock;
 
 pub use child::{Child, END_WITH_ORPHANS, Ended, Failure, Stage, Start, reap, signal, start, start_reaper};
 pub use heap::Heap;
 pub use page::{PowerPage, notice};
 pub use random::add_entropy;
+pub use read::read_onto;
 pub use vsock::{accept_from_host, listen_on_vsock};

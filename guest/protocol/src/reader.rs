@@ -5,14 +5,16 @@ use alloc::vec::Vec;
 use crate::MAX_DATA_BYTES;
 use crate::frame::{HEADER_BYTES, Kind, Malformed, parse_header};
 
-/// What the buffer holds as a rule: a data frame, or many small ones.
-const ROOM_BYTES: usize = HEADER_BYTES + MAX_DATA_BYTES;
+/// What the buffer starts with: memory is touched as frames need it.
+const FIRST_BYTES: usize = 4 << 10;
+/// What the buffer keeps: room for a data frame and what comes with it.
+const KEPT_BYTES: usize = 2 * MAX_DATA_BYTES;
 
 /// Takes a byte stream apart into frames, whatever the pieces it arrives in.
 ///
 /// Does no I/O: the owner reads into [`Reader::space`], says how much with [`Reader::filled`], and takes frames with
-/// [`Reader::next_frame`] until there is none. It holds one frame and at most [`MAX_DATA_BYTES`] more; room for a
-/// longer frame is made as its bytes arrive, not as its header claims.
+/// [`Reader::next_frame`] until there is none. Room for a frame is made as its bytes arrive, not as
+/// its header claims, and is at most twice the longest frame's.
 #[derive(Debug, Default)]
 pub struct Reader {
     buffer: Vec<u8>,
@@ -30,11 +32,11 @@ impl Reader {
             self.end -= self.start;
             self.start = 0;
         }
-        if self.end < ROOM_BYTES && self.buffer.len() > ROOM_BYTES {
-            self.buffer.truncate(ROOM_BYTES);
+        if self.end < KEPT_BYTES && self.buffer.len() > KEPT_BYTES {
+            self.buffer.truncate(KEPT_BYTES);
             self.buffer.shrink_to_fit();
         } else if self.end >= self.buffer.len() {
-            let room = ROOM_BYTES.max(self.buffer.len().saturating_mul(2));
+            let room = FIRST_BYTES.max(self.buffer.len().saturating_mul(2));
             self.buffer.resize(room, 0);
         }
         &mut self.buffer[self.end..]
@@ -139,8 +141,8 @@ mod tests {
             rest = &rest[bytes..];
             while reader.next_frame().expect("well-formed").is_some() {}
         }
-        assert_eq!(reader.space().len(), ROOM_BYTES);
-        assert!(reader.buffer.capacity() < 2 * ROOM_BYTES);
+        assert_eq!(reader.space().len(), KEPT_BYTES);
+        assert!(reader.buffer.capacity() < 2 * KEPT_BYTES);
     }
 
     #[test]
@@ -151,7 +153,7 @@ mod tests {
         reader.filled(claim.len());
         assert_eq!(reader.next_frame(), Ok(None));
         reader.space();
-        assert!(reader.buffer.capacity() <= ROOM_BYTES);
+        assert!(reader.buffer.capacity() <= FIRST_BYTES);
     }
 
     #[test]

@@ -4,10 +4,14 @@
 //! (`CLONE_VM | CLONE_VFORK`, clone(2)). So starting a command copies no page table and leaves no page to be copied
 //! later, and a failure is reported by writing it where the agent looks: nothing can lose it. Between clone and exec
 //! the child makes system calls only, with arguments the agent prepared: it allocates nothing and takes no lock.
+//!
+//! In that time it is already in the commands' namespace, with the agent's memory and files. Nobody there can look into
+//! it: the agent is not dumpable, and the child has capabilities no command has, or none any more and a memory that is
+//! not dumpable (ptrace(2), "Ptrace access mode checking"). A command of root can signal it. To kill it ends one start;
+//! to stop it (SIGSTOP) holds up the agent, which is to deny oneself the service.
 
 use alloc::boxed::Box;
 use alloc::ffi::CString;
-use alloc::vec;
 use alloc::vec::Vec;
 use core::ffi::{CStr, c_char, c_void};
 use core::ptr::{null, null_mut};
@@ -193,7 +197,8 @@ pub fn signal(child: Pid, group: bool, number: u32) -> Result<(), Errno> {
 }
 
 fn clone(flags: usize, run: extern "C" fn(*mut c_void) -> !, argument: *mut c_void) -> Result<Child, Errno> {
-    let mut stack: Box<[u128]> = vec![0; STACK_BYTES / size_of::<u128>()].into_boxed_slice();
+    // Not written to: only the pages the child uses are touched.
+    let mut stack = Box::<[u128]>::new_uninit_slice(STACK_BYTES / size_of::<u128>());
     let stack_end = stack.as_mut_ptr_range().end.cast();
     let mut pidfd = -1;
     // SAFETY: `run` is one of ours, none of which returns. With CLONE_VM there is CLONE_VFORK too (`start`), so the
