@@ -141,6 +141,27 @@ fn impossible_tables_and_notes_are_refused() {
 }
 
 #[test]
+fn a_segment_with_less_memory_than_file_is_refused() {
+    let file = put(elf(), at::LOAD_MEMORY, &1_u64.to_le_bytes());
+    assert!(matches!(load(&file), Err(BootError::Malformed(_))));
+}
+
+#[test]
+fn more_program_headers_than_any_kernel_has_are_refused() {
+    // A whole table, in which all but the first two entries are null and would do no harm.
+    let table = |count: u16| {
+        let mut file = elf();
+        let headers = file[64..64 + 2 * 56].to_vec();
+        let start = file.len();
+        file.extend(headers);
+        file.resize(start + usize::from(count) * 56, 0);
+        put(put(file, at::TABLE, &(start as u64).to_le_bytes()), at::COUNT, &count.to_le_bytes())
+    };
+    load(&table(64)).expect("the most there may be");
+    assert!(matches!(load(&table(65)), Err(BootError::Malformed(_))));
+}
+
+#[test]
 fn a_bzimage_that_cannot_be_entered_in_64_bit_mode_is_refused() {
     for (at, bytes) in [(0x206, &[0x0b_u8][..]), (0x211, &[0]), (0x236, &[0])] {
         let error = load(&put(bzimage(), at, bytes)).expect_err("not 64-bit");
