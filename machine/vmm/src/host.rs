@@ -6,10 +6,12 @@ use std::path::Path;
 /// it on: the parameters are only given on such a host.
 ///
 /// KVM's emulator knows neither POPCNT, CMPXCHG16B, BMI nor XSAVE; string moves cost it per byte, so ERMS and FSRM are
-/// hidden to make the kernel copy by words; SMAP's instructions only add to the count.
-/// What takes seconds there is no stall, and code that is not patched needs no breakpoints.
+/// hidden to make the kernel copy by words; SMAP's instructions only add to the count. A tick can take longer than the
+/// time to the next, so ticks are stretched (a parameter of Kiln's kernel; others ignore it), and neither asynchronous
+/// page faults nor steal time add to them. What takes seconds there is no stall.
 pub(crate) const PVM_COMMAND_LINE: &str = "clearcpuid=popcnt,cx16,erms,fsrm,smap,bmi1,bmi2 noxsave \
-                                           noreplace-smp rcupdate.rcu_cpu_stall_suppress=1";
+                                           tick_stretch=5 no-kvmapf no-steal-acc \
+                                           rcupdate.rcu_cpu_stall_suppress=1";
 
 /// Whether KVM here runs without hardware virtualization (a PVM host): guest user mode runs natively, guest kernel mode
 /// in KVM's emulator.

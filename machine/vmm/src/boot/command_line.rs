@@ -6,9 +6,10 @@ use crate::{host, layout};
 /// What every guest of Kiln is told.
 ///
 /// The serial port is the console. There is no PCI bus, no ACPI and no keyboard to look for. A panic ends in a reset at
-/// once, and a reset goes through the keyboard controller's port, which is one exit.
+/// once, and a reset goes through the keyboard controller's port, which is one exit. The kernel does not patch itself for
+/// the number of its processors, and makes no network device that nobody asked for.
 const BASE: &str = "console=ttyS0 quiet panic=-1 reboot=k pci=off acpi=off i8042.noaux i8042.nokbd 8250.nr_uarts=1 \
-                    random.trust_cpu=on";
+                    random.trust_cpu=on noreplace-smp dummy.numdummies=0";
 
 /// The most bytes a command line may have; Linux on x86 keeps 2048 with the NUL (`COMMAND_LINE_SIZE`).
 pub const MAX_COMMAND_LINE_BYTES: usize = 2047;
