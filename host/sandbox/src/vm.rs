@@ -23,10 +23,11 @@ use crate::{Blame, GuestBundle};
 pub const MEMORY_MIN_MIB: u32 = 64;
 /// The most vCPUs a machine may have.
 pub const VCPUS_MAX: u32 = 16;
-/// How long a guest kernel may take until its agent listens.
-const BOOT_LIMIT: Duration = Duration::from_mins(5);
-/// How long the agent may take to make the guest ready for commands.
-const SETUP_LIMIT: Duration = Duration::from_mins(1);
+/// How long a guest kernel may take until its agent listens. It catches one that hangs: a kernel that is emulated on a
+/// host with too much to do can take minutes.
+const BOOT_LIMIT: Duration = Duration::from_mins(10);
+/// How long the agent may take to make the guest ready for commands; as generous for the same reason.
+const SETUP_LIMIT: Duration = Duration::from_mins(5);
 /// Random bytes for the guest kernel's generator.
 const ENTROPY_BYTES: usize = 64;
 /// Every machine has its vsock to itself, so every guest has the same context id.

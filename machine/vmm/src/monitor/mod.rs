@@ -137,8 +137,11 @@ fn supervise<H: Hypervisor>(
     }
     let (end, console) = machine.wait();
     let console = match end.reason {
-        EndReason::PowerOff | EndReason::Stopped => Vec::new(),
-        EndReason::Reset | EndReason::Panic | EndReason::Crash => console.tail(CONSOLE_TAIL_BYTES),
+        EndReason::PowerOff => Vec::new(),
+        // A host that gave up on a guest that hangs wants to know where it hung.
+        EndReason::Reset | EndReason::Panic | EndReason::Crash | EndReason::Stopped => {
+            console.tail(CONSOLE_TAIL_BYTES)
+        }
     };
     send(channel, Happened::Ended(Ended { reason: end.reason.into(), detail: end.detail, console }))
 }
