@@ -1,4 +1,5 @@
 //! The command line's words: one definition from which parser, help, man pages and completions are made.
+#![allow(rustdoc::broken_intra_doc_links, reason = "these comments are help texts: `[:TAG]` is no link")]
 
 use std::ffi::OsString;
 use std::path::PathBuf;
