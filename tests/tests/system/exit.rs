@@ -28,7 +28,7 @@ fn a_command_ended_by_a_signal_is_128_and_the_signal() {
 #[test]
 fn a_command_whose_time_is_up_is_124_with_its_whole_process_group() {
     let outcome = script(
-        &["--timeout", "2s"],
+        &["--timeout", "20s"],
         "echo started; sh -c 'trap : TERM; sleep 1000; sleep 1000' & sleep 1000",
     );
     outcome.code(124);
