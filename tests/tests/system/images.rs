@@ -59,7 +59,10 @@ fn the_pull_policy_decides_when_a_tag_is_resolved() {
     let registry = Registry::start(Access::Open).expect("a registry");
     let name = registry.image("moving:latest");
     let run = |pull: &str| {
-        Outcome::of(&mut in_own(own.path(), &["run", "--pull", pull, "--entrypoint", "/probe", &name, "--", "exit", "0"]))
+        Outcome::of(&mut in_own(
+            own.path(),
+            &["run", "--pull", pull, "--entrypoint", "/probe", &name, "--", "exit", "0"],
+        ))
     };
     run("never").code(125).complains("moving");
     let first =
@@ -75,7 +78,8 @@ fn the_pull_policy_decides_when_a_tag_is_resolved() {
     assert!(id().contains(&second), "{}", id());
     // A digest says which image is meant, wherever the tag is.
     let pinned = format!("{}@{first}", registry.image("moving"));
-    Outcome::of(&mut in_own(own.path(), &["run", "--entrypoint", "/probe", &pinned, "--", "exit", "9"])).code(9);
+    Outcome::of(&mut in_own(own.path(), &["run", "--entrypoint", "/probe", &pinned, "--", "exit", "9"]))
+        .code(9);
 }
 
 #[test]

@@ -8,7 +8,8 @@ use rustix::process::Signal;
 #[test]
 fn a_guest_kernel_panic_is_reported_with_the_console() {
     // Out of memory is a panic where the guest's root says so.
-    let outcome = script(&["--memory", "128m"], "echo 2 >/proc/sys/vm/panic_on_oom; /probe hog >/dev/null; sleep 1000");
+    let outcome =
+        script(&["--memory", "128m"], "echo 2 >/proc/sys/vm/panic_on_oom; /probe hog >/dev/null; sleep 1000");
     outcome.code(125).complains("panic").complains("Out of memory");
 }
 
