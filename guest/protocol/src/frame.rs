@@ -18,7 +18,7 @@ const MAX_NUMBERS_BYTES: usize = 128;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// Host to agent: a [`Request`](crate::Request); the first frame of a stream and only that.
+    /// Host to agent: a [`Request`]; the first frame of a stream and only that.
     Request = 1,
     /// Host to agent: bytes for the command's stdin.
     Stdin = 2,
@@ -26,7 +26,7 @@ pub enum Kind {
     StdinEnd = 3,
     /// Host to agent: a signal number (u32) for the command's process group.
     Signal = 4,
-    /// Host to agent: the terminal's new [`WindowSize`](crate::WindowSize).
+    /// Host to agent: the terminal's new [`WindowSize`].
     Resize = 5,
     /// Host to agent: more stdout credit in bytes (u64).
     StdoutCredit = 6,

@@ -1,6 +1,6 @@
 //! Images from registries, OCI layouts and archives into the store.
 //!
-//! [`pull`] goes from a name to an [`Image`] in the store: resolve the name to a manifest, choose the platform, fetch
+//! [`pull()`] goes from a name to an [`Image`] in the store: resolve the name to a manifest, choose the platform, fetch
 //! the layers that are not there, each in one stream from the network through its checks into an EROFS image, merge
 //! them, name the result. What arrives is checked against its digest before anything is named after it; what is in
 //! the store is checked by the store.

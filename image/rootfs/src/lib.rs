@@ -1,8 +1,8 @@
 //! From layer tar streams to EROFS images and merged root file systems.
 //!
-//! [`write_layer`] turns one layer into one image, once. [`merge`] puts the metadata of several such images together
+//! [`write_layer()`] turns one layer into one image, once. [`merge()`] puts the metadata of several such images together
 //! into one small object, whose files' block addresses point into `[merged metadata][layer 1 image][layer 2 image]...`:
-//! a machine gets that concatenation as one read-only disk, and no file data is ever copied. [`scratch`] makes the
+//! a machine gets that concatenation as one read-only disk, and no file data is ever copied. [`scratch()`] makes the
 //! empty writable disk that goes on top.
 //!
 //! All of it is synchronous, needs no privileges and runs no other programs. Archives and images are hostile input.

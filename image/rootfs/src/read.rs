@@ -20,7 +20,7 @@ const METADATA_BYTES_MAX: u64 = 2 << 30;
 const TREE_BYTES_MAX: u64 = 4 << 30;
 const TREE_BYTES_PER_BYTE: u64 = 16;
 
-/// The metadata of one layer's image, ready for [`crate::merge`].
+/// The metadata of one layer's image, ready for [`crate::merge()`].
 #[derive(Debug)]
 pub struct LayerReader {
     pub(crate) tree: Tree,
