@@ -29,7 +29,8 @@ pub fn is_hardware_style() -> bool {
     !Path::new("/sys/module/kvm_pvm").exists()
 }
 
-fn from_environment(name: &str) -> PathBuf {
+/// The path that `cargo xtask test` hands over as `name`.
+pub fn from_environment(name: &str) -> PathBuf {
     let value = std::env::var_os(name);
     value.unwrap_or_else(|| panic!("{name} is not set: system tests are run by `cargo xtask test`")).into()
 }

@@ -46,7 +46,7 @@ const PACKAGES: &[(&str, Group, &str)] = &[
     ("strace", Group::Test, "watching a process for sleeps"),
     ("qemu-system-x86", Group::Rig, "the emulator's libraries"),
     ("util-linux", Group::Rig, "setpriv"),
-    ("cpio", Group::Rig, "the emulated host's initramfs"),
+    ("cpio", Group::Test, "initramfs archives: the rig's, and a test's own"),
     ("kmod", Group::Rig, "the order of kernel modules"),
 ];
 
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
             "build" => groups.push(Group::Build),
             "demo" => groups.extend([Group::Build, Group::Demo]),
             "test" => groups.extend([Group::Build, Group::Demo, Group::Test]),
-            "rig" => groups.extend([Group::Demo, Group::Rig]),
+            "rig" => groups.extend([Group::Build, Group::Demo, Group::Test, Group::Rig]),
             other => bail!("no group named {other}: build, demo, test, rig"),
         }
     }

@@ -30,7 +30,12 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     let kiln = release::build()?;
     let probe = probe()?;
     let store = paths::target().join("test-store");
-    let environment = [("KILN", kiln), ("KILN_PROBE", probe), ("KILN_TEST_STORE", store.clone())];
+    let environment = [
+        ("KILN", kiln),
+        ("KILN_PROBE", probe),
+        ("KILN_TEST_GUEST", release::guest_dir()?),
+        ("KILN_TEST_STORE", store.clone()),
+    ];
 
     let mut images =
         process::cargo(["run", "--quiet", "--package", "kiln-testkit", "--bin", "make-test-images"]);
