@@ -23,9 +23,13 @@ const KVM_CRATES: [&str; 2] = ["kiln-hypervisor", "kiln-vmm"];
 
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
-/// Runs the system tests: `[--rig] [FILTER...]`, filters and options as libtest has them.
+/// Runs the system tests: `[--rig [--kvm]] [FILTER...]`, filters and options as libtest has them. `--rig --kvm` runs
+/// only the tests of the crates that use KVM themselves.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     let in_rig = args.iter().any(|arg| arg == "--rig");
+    if in_rig && args.iter().any(|arg| arg == "--kvm") {
+        return kvm_crates_in_rig();
+    }
     let filters: Vec<&str> = args.iter().map(String::as_str).filter(|arg| *arg != "--rig").collect();
     let kiln = release::build()?;
     let probe = probe()?;
@@ -52,13 +56,28 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
 
 /// Runs the same tests, and those that need hardware-style KVM, in the rig.
 fn run_in_rig(environment: &[(&str, PathBuf)], filters: &[&str]) -> Result<()> {
-    let kernel = rig::kernel()?;
     let mut programs = test_programs(&["--package", "kiln-tests", "--test", "system"])?;
     if filters.is_empty() {
-        for name in KVM_CRATES {
-            programs.extend(test_programs(&["--package", name])?);
-        }
+        programs.extend(kvm_programs()?);
     }
+    programs_in_rig(programs, environment, filters)
+}
+
+/// Runs the tests of the crates that use KVM themselves in the rig.
+fn kvm_crates_in_rig() -> Result<()> {
+    programs_in_rig(kvm_programs()?, &[], &[])
+}
+
+fn kvm_programs() -> Result<Vec<PathBuf>> {
+    let mut programs = Vec::new();
+    for name in KVM_CRATES {
+        programs.extend(test_programs(&["--package", name])?);
+    }
+    Ok(programs)
+}
+
+fn programs_in_rig(programs: Vec<PathBuf>, environment: &[(&str, PathBuf)], filters: &[&str]) -> Result<()> {
+    let kernel = rig::kernel()?;
     let xtask = std::env::current_exe().context("our own path")?;
     for program in programs {
         eprintln!("in the rig: {}", program.display());

