@@ -24,6 +24,7 @@ mod rng;
 pub mod testing;
 mod transport;
 mod vsock;
+mod worker;
 
 pub use block::{Block, DataFile, Disk, DiskError, DiskFault, Extent};
 pub use device::{Device, Interrupt, Session, Signal};

@@ -8,13 +8,13 @@ mod tests;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 pub use disk::{DataFile, Disk, DiskError, DiskFault, Extent};
 
 use self::request::{MAX_ZERO_RANGES, MAX_ZERO_SECTORS, Request, SECTOR_BYTES, SERIAL_BYTES, Target};
 use crate::bell::Bell;
+use crate::worker::Worker;
 use crate::{Broken, Chain, Device, Session};
 
 const DEVICE_TYPE: u32 = 2;
@@ -47,11 +47,6 @@ const MAX_REPORTS: u32 = 8;
 pub struct Block {
     backend: Arc<Backend>,
     worker: Option<Worker>,
-}
-
-struct Worker {
-    bell: Arc<Bell>,
-    thread: JoinHandle<Session>,
 }
 
 /// What the thread and the registers share.
@@ -142,22 +137,18 @@ impl Device for Block {
     fn start(&mut self, session: Session) -> io::Result<()> {
         let bell = Arc::new(Bell::new()?);
         let (backend, ring) = (Arc::clone(&self.backend), Arc::clone(&bell));
-        let thread =
-            thread::Builder::new().name("virtio-blk".into()).spawn(move || backend.run(session, &ring))?;
-        self.worker = Some(Worker { bell, thread });
+        self.worker = Some(Worker::start("virtio-blk", bell, move || backend.run(session, &ring))?);
         Ok(())
     }
 
     fn kick(&self, queue: u16) {
         if let Some(worker) = &self.worker {
-            worker.bell.ring(Bell::queue(queue));
+            worker.kick(queue);
         }
     }
 
     fn stop(&mut self) -> Option<Session> {
-        let worker = self.worker.take()?;
-        worker.bell.ring(Bell::STOP);
-        worker.thread.join().ok()
+        self.worker.take()?.stop()
     }
 }
 

@@ -207,6 +207,28 @@ fn one_flipped_bit_fails_the_reads_of_its_block_and_no_other() {
 }
 
 #[test]
+fn a_verified_block_vouches_for_no_other() {
+    const BLOCK_BYTES: usize = 64 << 10;
+    const BLOCKS: usize = 140;
+    let sound = [0, 7, 63, 100];
+    let content = pattern(BLOCKS * BLOCK_BYTES, 7);
+    let file = file_with(&content);
+    for block in (0..BLOCKS).filter(|block| !sound.contains(block)) {
+        let place = block * BLOCK_BYTES + 999;
+        file.write_all_at(&[content[place] ^ 1], place as u64).expect("written");
+    }
+    let data = DataFile::verified(file, digests_of(&content)).expect("digests that fit");
+    let extent = Extent { file: Arc::new(data), offset: 0, bytes: content.len() as u64 };
+    let mut guest = Guest::start(Disk::read_only(vec![extent]).expect("a disk"));
+    let sector = |block: usize| (block * BLOCK_BYTES / 512) as u64;
+    for block in sound.into_iter().chain(0..BLOCKS) {
+        let at = block * BLOCK_BYTES;
+        let expected = if sound.contains(&block) { Ok(content[at..at + 4096].to_vec()) } else { Err(IOERR) };
+        assert_eq!(guest.read(sector(block), 4096), expected, "block {block}");
+    }
+}
+
+#[test]
 fn a_guest_that_reads_a_broken_block_forever_is_reported_eight_times() {
     let content = pattern(64 << 10, 5);
     let data =

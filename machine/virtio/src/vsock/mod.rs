@@ -11,12 +11,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use self::muxer::Muxer;
 use crate::bell::Bell;
+use crate::worker::Worker;
 use crate::{Broken, Device, Session};
 
 const DEVICE_TYPE: u32 = 19;
@@ -44,11 +44,6 @@ pub struct Vsock {
     guest_cid: u64,
     host: Arc<Mutex<HostSide>>,
     worker: Option<Worker>,
-}
-
-struct Worker {
-    bell: Arc<Bell>,
-    thread: JoinHandle<Session>,
 }
 
 /// What the host asks of the device, while it runs and before.
@@ -163,25 +158,22 @@ impl Device for Vsock {
         // Before the thread runs: one that finds its driver broken takes it away again.
         lock(&self.host).bell = Some(Arc::clone(&bell));
         let (ring, host) = (Arc::clone(&bell), Arc::clone(&self.host));
-        let thread = thread::Builder::new()
-            .name("virtio-vsock".into())
-            .spawn(move || run(session, muxer, &ring, &host))
+        let worker = Worker::start("virtio-vsock", bell, move || run(session, muxer, &ring, &host))
             .inspect_err(|_| lock(&self.host).close())?;
-        self.worker = Some(Worker { bell, thread });
+        self.worker = Some(worker);
         Ok(())
     }
 
     fn kick(&self, queue: u16) {
         if let Some(worker) = &self.worker {
-            worker.bell.ring(Bell::queue(queue));
+            worker.kick(queue);
         }
     }
 
     fn stop(&mut self) -> Option<Session> {
         let worker = self.worker.take()?;
         lock(&self.host).close();
-        worker.bell.ring(Bell::STOP);
-        worker.thread.join().ok()
+        worker.stop()
     }
 }
 
