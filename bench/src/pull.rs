@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use kiln_testkit::registry::{Access, Registry};
@@ -28,10 +27,10 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
     let (kiln, store, layout) = (kiln()?, place.path().join("store"), place.path().join("layout"));
     for _ in 0..runs {
         for temperature in ["cold", "warm"] {
-            timed(report, &format!("kiln pull, {temperature}"), mib, || {
+            report.timed(&format!("kiln pull, {temperature}"), mib, || {
                 run_tool(Command::new(&kiln).args(["pull", "-q", &name]).env("KILN_ROOT", &store))
             })?;
-            timed(report, &format!("skopeo copy, {temperature}"), mib, || {
+            report.timed(&format!("skopeo copy, {temperature}"), mib, || {
                 let mut skopeo = Command::new("skopeo");
                 skopeo.args(["--insecure-policy", "copy", "-q", "--src-tls-verify=false"]);
                 run_tool(
@@ -42,15 +41,6 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
         fs::remove_dir_all(&store).context("the store")?;
         fs::remove_dir_all(&layout).context("the layout")?;
     }
-    Ok(())
-}
-
-fn timed(report: &mut Report, name: &str, mib: f64, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let start = Instant::now();
-    work().with_context(|| name.to_owned())?;
-    let seconds = start.elapsed().as_secs_f64();
-    report.add(name, "ms", seconds * 1e3);
-    report.add(&format!("{name}, rate"), "MiB/s", mib / seconds);
     Ok(())
 }
 

@@ -1,7 +1,9 @@
 //! Figures as a table for people and as JSON for programs.
 
 use std::fmt::Write as _;
+use std::time::Instant;
 
+use anyhow::{Context as _, Result};
 use serde_json::{Map, Value, json};
 
 use crate::host;
@@ -32,6 +34,20 @@ impl Report {
     /// Adds a value to the series of that name.
     pub(crate) fn add(&mut self, name: &str, unit: &'static str, value: f64) {
         self.series_mut(name, unit).values.push(value);
+    }
+
+    /// Does `work`, which moves `mib` MiB, and adds how long it took and at what rate.
+    ///
+    /// # Errors
+    ///
+    /// What `work` gives, named.
+    pub(crate) fn timed(&mut self, name: &str, mib: f64, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let start = Instant::now();
+        work().with_context(|| name.to_owned())?;
+        let seconds = start.elapsed().as_secs_f64();
+        self.add(name, "ms", seconds * 1e3);
+        self.add(&format!("{name}, rate"), "MiB/s", mib / seconds);
+        Ok(())
     }
 
     /// Counts a run that gave no value.

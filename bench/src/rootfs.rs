@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use kiln_testkit::{image, run as run_tool};
@@ -32,13 +31,13 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
         ("tar -x, mkfs.erofs: tar -> tree -> EROFS", mkfs_from_tree)
     };
     for _ in 0..runs {
-        timed(report, "kiln: tar -> EROFS", mib, || {
+        report.timed("kiln: tar -> EROFS", mib, || {
             let file = File::create(&out).context("the image")?;
             kiln_rootfs::write_layer(File::open(&tar).context("the layer")?, &file)?;
             file.sync_all().context("the image")
         })?;
         fs::remove_file(&out).context("the image")?;
-        timed(report, mkfs.0, mib, || {
+        report.timed(mkfs.0, mib, || {
             mkfs.1(&tar, &tree, &out)?;
             File::open(&out).and_then(|file| file.sync_all()).context("the image")
         })?;
@@ -47,21 +46,12 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
             fs::remove_dir_all(&tree).context("the tree")?;
         }
         // umoci has no other source than the compressed image, so it inflates and verifies as well.
-        timed(report, "umoci: image -> unpacked tree", mib, || {
+        report.timed("umoci: image -> unpacked tree", mib, || {
             debian.unpack(&out)?;
             run_tool(Command::new("sync").arg("-f").arg(&out))
         })?;
         fs::remove_dir_all(&out).context("the tree")?;
     }
-    Ok(())
-}
-
-fn timed(report: &mut Report, name: &str, mib: f64, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let start = Instant::now();
-    work().with_context(|| name.to_owned())?;
-    let seconds = start.elapsed().as_secs_f64();
-    report.add(name, "ms", seconds * 1e3);
-    report.add(&format!("{name}, rate"), "MiB/s", mib / seconds);
     Ok(())
 }
 

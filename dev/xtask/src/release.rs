@@ -8,15 +8,14 @@ use crate::{initramfs, kernel, paths, process};
 
 /// Builds Kiln and prints where it is.
 pub(crate) fn run(_args: &[String]) -> Result<()> {
-    println!("{}", build()?.display());
+    println!("{}", build(&guest_dir()?)?.display());
     Ok(())
 }
 
-/// Builds `target/release/kiln` with the guest kernel and the agent's initramfs inside, and returns its path.
+/// Builds `target/release/kiln` with the guest files in `guest` inside, and returns its path.
 ///
-/// The two guest files are laid into one directory, which `front/cli/build.rs` finds by `KILN_GUEST_DIR` and embeds.
-pub(crate) fn build() -> Result<PathBuf> {
-    let guest = guest_dir()?;
+/// `front/cli/build.rs` finds the directory by `KILN_GUEST_DIR` and embeds both.
+pub(crate) fn build(guest: &Path) -> Result<PathBuf> {
     process::run(
         process::cargo(["build", "--release", "--package", "kiln-cli", "--bin", "kiln"])
             .env("KILN_GUEST_DIR", guest),

@@ -31,13 +31,14 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
         return kvm_crates_in_rig();
     }
     let filters: Vec<&str> = args.iter().map(String::as_str).filter(|arg| *arg != "--rig").collect();
-    let kiln = release::build()?;
+    let guest = release::guest_dir()?;
+    let kiln = release::build(&guest)?;
     let probe = probe()?;
     let store = paths::target().join("test-store");
     let environment = [
         ("KILN", kiln),
         ("KILN_PROBE", probe),
-        ("KILN_TEST_GUEST", release::guest_dir()?),
+        ("KILN_TEST_GUEST", guest),
         ("KILN_TEST_STORE", store.clone()),
     ];
 
@@ -125,7 +126,7 @@ pub(crate) fn probe() -> Result<PathBuf> {
 
 /// Runs a benchmark: `boot|pull|rootfs|io [--json FILE]`.
 pub(crate) fn bench(args: &[String]) -> Result<()> {
-    let kiln = release::build()?;
+    let kiln = release::build(&release::guest_dir()?)?;
     let environment: [(&str, &Path); 2] = [("KILN", &kiln), ("KILN_PROBE", &probe()?)];
     let mut bench = process::cargo(["run", "--quiet", "--release", "--package", "kiln-bench", "--"]);
     process::run(bench.args(args).envs(environment))
