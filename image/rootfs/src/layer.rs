@@ -29,7 +29,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: 8 << 20, metadata_bytes: 2 << 30, image_bytes: 1 << 40 }
+        Self { entries: 4 << 20, metadata_bytes: 1 << 30, image_bytes: 1 << 40 }
     }
 }
 

@@ -13,11 +13,11 @@ use crate::tree::{Data, Directory, File, HOLE, Kind, Meta, Node, NodeId, ROOT, T
 use crate::xattr::{self, SetId};
 
 /// Metadata one layer may have, in bytes.
-const METADATA_BYTES_MAX: u64 = 2 << 30;
+const METADATA_BYTES_MAX: u64 = 1 << 30;
 
 /// Memory for the tree of a layer, in bytes, and how much of that each byte of metadata may ask for: what our own
 /// writer makes stays below it, while metadata that refers to the same bytes over and over does not.
-const TREE_BYTES_MAX: u64 = 4 << 30;
+const TREE_BYTES_MAX: u64 = 2 << 30;
 const TREE_BYTES_PER_BYTE: u64 = 16;
 
 /// The metadata of one layer's image, ready for [`crate::merge()`].

@@ -96,7 +96,7 @@ impl<R: Read> Archive<R> {
             self.skip_data()?;
             // Some writers (umoci's `insert`) leave out the last padding and the end mark; who digests the stream
             // knows if it was cut here.
-            if !extended && self.input.fill_buf().map_err(LayerError::Read)?.is_empty() {
+            if !extended && self.buffered()?.is_empty() {
                 return Ok(None);
             }
             let block = self.block()?;
@@ -258,7 +258,7 @@ impl<R: Read> Archive<R> {
             return Ok(&[]);
         }
         let offset = self.offset;
-        let bytes = self.input.fill_buf().map_err(LayerError::Read)?;
+        let bytes = self.buffered()?;
         if bytes.is_empty() {
             return Err(LayerError::Truncated { offset });
         }
@@ -286,7 +286,7 @@ impl<R: Read> Archive<R> {
     fn skip_data(&mut self) -> Result<(), LayerError> {
         self.skip()?;
         self.data_bytes = std::mem::take(&mut self.padding_bytes);
-        if self.data_bytes > 0 && self.input.fill_buf().map_err(LayerError::Read)?.is_empty() {
+        if self.data_bytes > 0 && self.buffered()?.is_empty() {
             self.data_bytes = 0;
         }
         self.skip()
@@ -298,6 +298,16 @@ impl<R: Read> Archive<R> {
             self.consume(length);
         }
         Ok(())
+    }
+
+    /// The bytes at hand, some unless the stream has ended.
+    fn buffered(&mut self) -> Result<&[u8], LayerError> {
+        while let Err(error) = self.input.fill_buf() {
+            if error.kind() != std::io::ErrorKind::Interrupted {
+                return Err(LayerError::Read(error));
+            }
+        }
+        Ok(self.input.buffer())
     }
 
     fn block(&mut self) -> Result<[u8; BLOCK_BYTES], LayerError> {
@@ -359,7 +369,7 @@ impl<R: Read> Archive<R> {
             Err(error) => return Err(error),
         }
         loop {
-            let length = self.input.fill_buf().map_err(LayerError::Read)?.len();
+            let length = self.buffered()?.len();
             if length == 0 {
                 return Ok(());
             }

@@ -78,6 +78,25 @@ fn a_source_that_fails_is_told_from_an_archive_that_ends() {
 }
 
 #[test]
+fn a_source_that_comes_in_small_pieces_and_is_interrupted_gives_the_same_image() {
+    struct Pieces<'a>(&'a [u8], usize);
+    impl Read for Pieces<'_> {
+        fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+            self.1 += 1;
+            if self.1.is_multiple_of(3) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let length = out.len().min(self.1 % 700);
+            self.0.read(&mut out[..length.max(1)])
+        }
+    }
+    let whole = mixed().finish();
+    let mut image = Cursor::new(Vec::new());
+    kiln_rootfs::write_layer(Pieces(&whole, 0), &mut image).unwrap();
+    assert!(image.into_inner() == layer(&whole));
+}
+
+#[test]
 fn entries_that_cannot_be_in_a_root_are_refused_by_name() {
     let long = |bytes: usize| "d/".repeat(bytes / 2);
     let refused = [
