@@ -170,6 +170,48 @@ async fn a_public_repository_is_pulled_with_an_anonymous_token() {
     other.assert_nothing_is_left();
 }
 
+/// A token server that gives `t1`, `t2` and so on, and a registry that takes for layers what was given after `t1`.
+fn rotating_tokens(place: &Place, satisfied: bool) -> (Server, Server) {
+    let layers = [layer("a", b"one"), layer("b", b"two"), layer("c", b"three")];
+    let blobs: Vec<String> = layers.iter().map(|layer| layer.digest.clone()).collect();
+    let served = crate::redirects::Served::new(place, &layers);
+    let given = std::sync::atomic::AtomicUsize::new(0);
+    let tokens = Server::start("127.0.0.2", move |_| {
+        let number = given.fetch_add(1, std::sync::atomic::Ordering::SeqCst) + 1;
+        Response::new(200, format!(r#"{{"token": "t{number}"}}"#))
+    })
+    .expect("a server");
+    let challenge = format!(r#"Bearer realm="{}",service="x""#, tokens.url("/token"));
+    let registry = Server::start("127.0.0.1", move |request| {
+        let shown = request.header("authorization").unwrap_or_default();
+        let for_layer = blobs.iter().any(|blob| request.path.ends_with(blob.as_str()));
+        if request.path != "/v2/" && (!satisfied || shown.is_empty() || (for_layer && shown == "Bearer t1")) {
+            return Response::new(401, "").header("WWW-Authenticate", challenge.clone());
+        }
+        served.answer(request)
+    })
+    .expect("a server");
+    (registry, tokens)
+}
+
+#[tokio::test]
+async fn of_many_requests_whose_token_ran_out_one_gets_the_next() {
+    let place = Place::new();
+    let (registry, tokens) = rotating_tokens(&place, true);
+    place.pull(&format!("{}/app:1", registry.address())).await.expect("pulled");
+    assert_eq!(tokens.requests().len(), 2);
+}
+
+#[tokio::test]
+async fn a_registry_that_no_token_satisfies_is_not_asked_for_ever() {
+    let place = Place::new();
+    let (registry, tokens) = rotating_tokens(&place, false);
+    let error = place.pull(&format!("{}/app:1", registry.address())).await.expect_err("refused");
+    assert!(matches!(error, PullError::Denied { .. }), "{error}");
+    assert_eq!(tokens.requests().len(), 1);
+    assert_eq!(registry.requests().iter().filter(|request| request.path != "/v2/").count(), 2);
+}
+
 #[test]
 fn tls_is_checked_against_the_certificates_of_the_system() {
     let place = Place::new();

@@ -90,7 +90,16 @@ async fn the_same_layer_twice_is_fetched_once() {
     let registry = Registry::start(Access::Open).expect("a registry");
     let twice = layer("a", b"again and again");
     crate::push(&registry, &place, "app:1", &[twice.clone(), layer("b", b"between"), twice]);
-    let image = place.pull(&registry.image("app:1")).await.expect("pulled");
+    let told = std::sync::Arc::new(crate::Told::default());
+    let source: kiln_oci::Source = registry.image("app:1").parse().expect("a name");
+    let options = kiln_oci::PullOptions::default();
+    let image = kiln_oci::pull(&place.store, &source, &options, told.clone()).await.expect("pulled");
+    assert_eq!(
+        (told.count("Resolved 3 layers, 1 present"), told.count("LayerDone")),
+        (1, 2),
+        "{:?}",
+        told.lines()
+    );
     assert_eq!(image.layers.len(), 3);
     assert_eq!(image.layers[0], image.layers[2]);
     assert_eq!(image.disk().expect("a disk").len(), 4);

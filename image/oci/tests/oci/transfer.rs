@@ -224,6 +224,25 @@ async fn more_than_was_announced_is_refused() {
 }
 
 #[tokio::test]
+async fn a_layer_longer_than_its_manifest_says_is_not_read_to_its_end() {
+    let place = Place::new();
+    let long = layer("a", b"x");
+    let (digest, size) = (long.digest.clone(), long.blob.len());
+    let served = Served::new(&place, &[long]);
+    let registry = Server::start("127.0.0.1", move |request| {
+        let mut answer = served.answer(request);
+        if request.path.ends_with(&digest) {
+            answer.body.extend(vec![0; 8 << 20]);
+        }
+        answer
+    })
+    .expect("a server");
+    let error = place.pull(&format!("{}/app:1", registry.address())).await.expect_err("refused").to_string();
+    assert!(error.contains(&format!("more than the {size} bytes")), "{error}");
+    place.assert_nothing_is_left();
+}
+
+#[tokio::test]
 async fn endless_answers_are_cut_off() {
     for path in ["/manifests/", "/blobs/"] {
         let place = Place::new();
