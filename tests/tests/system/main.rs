@@ -9,6 +9,7 @@ mod cli;
 mod config;
 mod disk;
 mod exit;
+mod guide;
 mod images;
 mod lifetime;
 mod machine;
