@@ -11,6 +11,8 @@ use crate::tar::{Entry, Tar};
 
 /// The directory that these images fill, and that a test lists.
 pub const PLACE: &str = "/t";
+/// Layers an image may have, as with Docker.
+const LAYERS: usize = 127;
 
 /// Layers that take away what others brought: a file deleted and added again, opaque directories that hide lower
 /// children only, an opaque marker in a new directory, a whiteout of nothing, files and directories that change place.
@@ -63,6 +65,23 @@ pub fn deletions() -> Result<Image> {
         .with(&Entry::dir("t/opaque/sub/"))
         .with(&Entry::file("t/opaque/sub/third", "third"));
     make("deletions", &[first, second, third])
+}
+
+/// As many layers as an image may have. Each adds a file and, but for each tenth, deletes that of the layer below it.
+///
+/// # Errors
+/// When busybox or the probe is missing.
+pub fn deep() -> Result<Image> {
+    let layers: Vec<Tar> = (1..LAYERS)
+        .map(|layer| {
+            let tar = Tar::new().with(&Entry::file(format!("t/{layer}"), format!("layer {layer}")));
+            if layer > 1 && !layer.is_multiple_of(10) {
+                return tar.with(&Entry::marker(format!("t/.wh.{}", layer - 1)));
+            }
+            tar
+        })
+        .collect();
+    make("deep", &layers)
 }
 
 /// Everything a file can be besides bytes: owners up to 32 bits, setuid, extended attributes and file capabilities,

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use kiln_control::{MAX_PACKET_FDS, Start};
+use kiln_control::{MAX_START_FDS, Start};
 use kiln_oci::{DiskPart, Image, PullError};
 
 /// A block device of a machine.
@@ -96,7 +96,7 @@ fn nameless_file(folder: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags.bits() as i32).open(folder)
 }
 
-/// The descriptors of one packet, counted as they are added.
+/// The descriptors of one order, counted as they are added.
 #[derive(Debug, Default)]
 pub(crate) struct Descriptors<'fd> {
     fds: Vec<BorrowedFd<'fd>>,
@@ -113,9 +113,9 @@ impl<'fd> Descriptors<'fd> {
         &self.fds
     }
 
-    /// Whether a packet can carry them.
+    /// Whether an order can carry them.
     pub(crate) fn fit(&self) -> bool {
-        self.fds.len() <= MAX_PACKET_FDS
+        self.fds.len() <= MAX_START_FDS
     }
 }
 

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
-use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Happened, Stop};
+use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Files, Happened, MAX_PACKET_FDS, Stop};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
@@ -178,7 +178,13 @@ impl Monitor {
     /// [`MonitorError::Channel`] when the order has more disks and extents than a packet may carry;
     /// [`MonitorError::Ended`] when the monitor is gone.
     pub async fn start(&self, start: Start, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
-        self.send(Do::Start(start), fds).await
+        let (mut rest, beside) = fds.split_at(fds.len().saturating_sub(MAX_PACKET_FDS));
+        while !rest.is_empty() {
+            let (files, others) = rest.split_at(rest.len().min(MAX_PACKET_FDS));
+            self.send(Do::Files(Files {}), files).await?;
+            rest = others;
+        }
+        self.send(Do::Start(start), beside).await
     }
 
     /// Waits until the agent listens.

@@ -1,4 +1,5 @@
-//! The messages, as prost types. A field named `*_fd` is an index into the descriptors beside the packet.
+//! The messages, as prost types. A field named `*_fd` is an index into the descriptors beside the packet; for [`Start`], and
+//! those of [`Files`] before it.
 
 use prost::{Message, Oneof};
 
@@ -6,7 +7,7 @@ use prost::{Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Command {
     /// What to do. `None` is refused.
-    #[prost(oneof = "Do", tags = "1, 2, 3")]
+    #[prost(oneof = "Do", tags = "1, 2, 3, 4")]
     pub call: Option<Do>,
 }
 
@@ -22,6 +23,9 @@ pub enum Do {
     /// Ends the machine at once, as pulling the plug would.
     #[prost(message, tag = "3")]
     Stop(Stop),
+    /// Hands over files for the start to come.
+    #[prost(message, tag = "4")]
+    Files(Files),
 }
 
 /// The machine to make.
@@ -52,6 +56,11 @@ pub struct Start {
     #[prost(uint64, tag = "8")]
     pub cid: u64,
 }
+
+/// Files for the [`Start`] that follows, as many as a packet may carry: in its numbering, the descriptors beside these
+/// packets come first, in their order.
+#[derive(Clone, PartialEq, Message)]
+pub struct Files {}
 
 /// A block device, served from pieces of files laid end to end.
 #[derive(Clone, PartialEq, Message)]

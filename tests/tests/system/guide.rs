@@ -50,7 +50,10 @@ fn check(document: &str, images: &[(&str, Image)]) {
     );
     for example in examples {
         let words = example.command.split(' ').map(|word| {
-            images.iter().find(|(name, _)| *name == word).map_or(word.to_owned(), |(_, image)| image.reference())
+            images
+                .iter()
+                .find(|(name, _)| *name == word)
+                .map_or(word.to_owned(), |(_, image)| image.reference())
         });
         let typed = words.collect::<Vec<_>>().join(" ");
         let mut shell = Command::new("bash");

@@ -36,6 +36,11 @@ fn deletions_and_opaque_directories_are_those_of_umoci() {
 }
 
 #[test]
+fn as_many_layers_as_an_image_may_have_are_one_root() {
+    guest_sees_what_umoci_unpacks(&nasty::deep().expect("the image"), nasty::PLACE);
+}
+
+#[test]
 fn every_kind_of_metadata_survives() {
     guest_sees_what_umoci_unpacks(&nasty::metadata().expect("the image"), nasty::PLACE);
 }

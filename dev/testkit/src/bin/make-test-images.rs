@@ -18,6 +18,7 @@ const IMAGES: &[(&str, Maker)] = &[
     ("python", image::python),
     ("node", image::node),
     ("deletions", nasty::deletions),
+    ("deep", nasty::deep),
     ("metadata", nasty::metadata),
     ("configs", || nasty::config("plain")),
     ("broken", || nasty::broken("truncated-tar")),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! host                          monitor
-//!  │ Start + files                │  check all of it, make the machine, enter the guest
+//!  │ Files …, Start + files       │  check all of it, make the machine, enter the guest
 //!  │─────────────────────────────▶│
 //!  │◀───────────────────── Booted │
 //!  │◀────────────────────── Ready │  the agent listens
@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kiln_control::{
     Blame, Booted, Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Event, Failed, Happened,
-    Ready,
+    MAX_START_FDS, Ready, Start,
 };
 use kiln_hypervisor::{Hypervisor, Kvm};
 use kiln_virtio::{Device, Rng, Vsock, VsockPorts};
@@ -76,10 +76,7 @@ pub fn main() -> ExitCode {
 
 /// The life of one machine. An error is one of the channel.
 fn serve(channel: &Arc<Channel>, spawned: Nanoseconds) -> Result<(), ChannelError> {
-    let (command, files) = channel.receive::<Command>()?;
-    let Some(Do::Start(start)) = command.call else {
-        return Err(ChannelError::Malformed("the first command must be Start"));
-    };
+    let (start, files) = receive_start(channel)?;
     let made = Plan::check(start, files).and_then(|plan| {
         let kvm = Kvm::open().map_err(ShellError::from)?;
         make(&kvm, plan, Reporter::new(channel, spawned))
@@ -87,6 +84,23 @@ fn serve(channel: &Arc<Channel>, spawned: Nanoseconds) -> Result<(), ChannelErro
     match made {
         Ok((machine, ports)) => supervise(channel, machine, &ports),
         Err(failure) => send(channel, Happened::Failed(failure.into())),
+    }
+}
+
+/// The order for the machine, with all its files.
+fn receive_start(channel: &Channel) -> Result<(Start, Vec<OwnedFd>), ChannelError> {
+    let mut files = Vec::new();
+    loop {
+        let (command, beside) = channel.receive::<Command>()?;
+        files.extend(beside);
+        if files.len() > MAX_START_FDS {
+            return Err(ChannelError::Malformed("more files than a machine is made of"));
+        }
+        match command.call {
+            Some(Do::Files(_)) => {}
+            Some(Do::Start(start)) => return Ok((start, files)),
+            _ => return Err(ChannelError::Malformed("the first command must be Start")),
+        }
     }
 }
 
@@ -130,7 +144,7 @@ fn supervise<H: Hypervisor>(
         match command.call {
             Some(Do::Connect(connect)) => connect_port(ports, &connect, files),
             Some(Do::Stop(_)) => machine.stop(),
-            Some(Do::Start(_)) | None => {
+            Some(Do::Start(_) | Do::Files(_)) | None => {
                 return Err(ChannelError::Malformed("only Connect and Stop may follow Start"));
             }
         }

@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus};
 
 use kiln_control::{
     Blame, Channel, ChannelError, Command as Order, Connect, Disk, Do, EndReason, Ended, Event, Extent,
-    Failed, Happened, Start, Stop,
+    Failed, Files, Happened, Start, Stop,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -187,6 +187,30 @@ fn impossible_machines_are_refused_before_anything_is_made() {
         assert_eq!(failed.blame(), blame, "{failed:?}");
         assert!(monitor.exit().success());
     }
+}
+
+/// More files than a packet carries: those in packets of their own are counted first.
+#[test]
+fn a_disk_may_have_more_files_than_fit_beside_one_packet() {
+    const FILES: u32 = 260;
+    let mut files = vec![file(&Guest::default().power_off(0).elf()), file(b"an archive")];
+    files.resize_with(FILES as usize, || file(&[7; 4096]));
+    let extents = (2..FILES).map(|fd| Extent { fd, offset: 0, length: 4096, digests_fd: None }).collect();
+    let disk = Disk { read_only: true, extents, serial: String::new() };
+    let monitor = Monitor::spawn();
+    monitor.order(Do::Files(Files {}), &files[..100]);
+    monitor.order(Do::Files(Files {}), &files[100..200]);
+    monitor.order(Do::Start(Start { disks: vec![disk], ..start() }), &files[200..]);
+    assert_eq!(monitor.ended().reason(), EndReason::PowerOff);
+}
+
+#[test]
+fn a_monitor_takes_no_more_files_than_a_machine_is_made_of() {
+    let monitor = Monitor::spawn();
+    let files: Vec<_> = (0..240).map(|_| file(b"")).collect();
+    monitor.order(Do::Files(Files {}), &files);
+    monitor.order(Do::Files(Files {}), &files);
+    assert!(!monitor.exit().success());
 }
 
 #[test]
