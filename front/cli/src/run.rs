@@ -80,7 +80,8 @@ async fn start(
     let launch = Launch::new(&image.config, overrides(args, env))?;
 
     let booting = progress::spinner(context, format!("starting {}", args.image));
-    let vm = machine(context, args, guest, &store, &image, hostname, events)?.start().await?;
+    let builder = machine(context, args, guest, &store, &image, hostname, events)?;
+    let vm = builder.working_directory(&launch.workdir).start().await?;
     drop(booting);
     let mut exec = vm.exec(launch.argv.iter()).env(launch.env.iter()).cwd(&launch.workdir).user(&launch.user);
     if let Some(size) = window {

@@ -29,6 +29,11 @@ pub(crate) fn internal(tried: &str, error: Errno) -> Failed {
     failed(Reason::Internal, format!("cannot {tried}: {}", text(error)))
 }
 
+/// A command cannot start in `directory`, which was missing.
+pub(crate) fn unusable_directory(directory: &str, error: Errno) -> Failed {
+    invalid(format!("cannot make the working directory {directory}: {}", text(error)))
+}
+
 /// An error of the kernel's in words, as strerror(3) has them for the usual ones.
 pub(crate) fn text(error: Errno) -> String {
     let known = match error {

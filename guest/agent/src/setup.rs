@@ -10,7 +10,7 @@ use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 use rustix::time::{ClockId, Timespec};
 
-use crate::failure::{internal, invalid, text};
+use crate::failure::{internal, invalid, text, unusable_directory};
 use crate::workload::Place;
 use crate::{files, mounts, sys};
 
@@ -73,6 +73,8 @@ pub fn set_up(setup: &Setup) -> Result<Place, Failed> {
             .map_err(|error| invalid(format!("cannot make the volume {volume}: {}", text(error))))?;
     }
     if setup.read_only {
+        files::make_directories(&setup.working_directory)
+            .map_err(|error| unusable_directory(&setup.working_directory, error))?;
         mounts::seal_root()?;
     }
     limits().map_err(|error| internal("limit what commands may do", error))?;
@@ -102,6 +104,10 @@ fn check(setup: &Setup) -> Result<(), Failed> {
         |path: &str| path.starts_with('/') && !path.contains('\0') && !path.trim_matches('/').is_empty();
     if let Some(volume) = setup.volumes.iter().find(|volume| !is_volume(volume)) {
         return Err(invalid(format!("{volume:?} cannot be a volume")));
+    }
+    let directory = &setup.working_directory;
+    if !directory.is_empty() && !directory.starts_with('/') {
+        return Err(invalid(format!("the working directory {directory:?} is not an absolute path")));
     }
     let is_device = |path: &str| path.starts_with("/dev/");
     if !is_device(&setup.root_device)
@@ -215,6 +221,12 @@ mod tests {
         for bad in ["", "/", "//", "data", "/a\0"] {
             assert!(check(&Setup { volumes: vec![bad.into()], ..setup() }).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_working_directory_is_an_absolute_path() {
+        assert_eq!(check(&Setup { working_directory: "/srv".into(), ..setup() }), Ok(()));
+        assert!(check(&Setup { working_directory: "srv".into(), ..setup() }).is_err());
     }
 
     #[test]

@@ -25,7 +25,7 @@ use rustix::termios::Winsize;
 use rustix::thread::ThreadNameSpaceType;
 
 use crate::command::Command;
-use crate::failure::{internal, invalid, text};
+use crate::failure::{internal, invalid, unusable_directory};
 use crate::sys::{self, Child, Stage, Start};
 use crate::{files, mounts};
 
@@ -171,9 +171,7 @@ impl Workload {
         if matches!(started, Err((Stage::Directory, Errno::NOENT))) {
             self.undo_prepare(is_first, Stage::Directory);
             let directory = command.directory.to_string_lossy();
-            files::make_directories(&directory).map_err(|error| {
-                invalid(format!("cannot make the working directory {directory}: {}", text(error)))
-            })?;
+            files::make_directories(&directory).map_err(|error| unusable_directory(&directory, error))?;
             started = sys::start(&start, is_first);
         }
         match started {

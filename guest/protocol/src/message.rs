@@ -67,6 +67,9 @@ pub struct Setup {
     /// `docker run --init`; it collects orphans, and what a command leaves running stays until power-off.
     #[prost(bool, tag = "9")]
     pub reaper: bool,
+    /// A directory that commands will start in: under a read-only root it can only be made now. Empty for none.
+    #[prost(string, tag = "10")]
+    pub working_directory: String,
 }
 
 /// Starts a command.

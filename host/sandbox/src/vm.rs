@@ -73,6 +73,7 @@ pub struct VmBuilder {
     hostname: String,
     scratch: Scratch,
     volumes: Vec<String>,
+    working_directory: String,
     command_is_process_1: bool,
     cmdline: String,
     console: Option<OwnedFd>,
@@ -175,6 +176,13 @@ impl VmBuilder {
         self
     }
 
+    /// A directory that commands will start in and the image may lack. Elsewhere than under a read-only root, commands
+    /// find theirs made when they start.
+    pub fn working_directory(mut self, folder: impl Into<String>) -> Self {
+        self.working_directory = folder.into();
+        self
+    }
+
     /// Makes the first command process 1 of the guest, as `docker run` does: when it ends, so does every other process,
     /// and there is no second command. Otherwise a reaper is, commands come and go, and orphans are collected.
     pub fn command_is_process_1(mut self, yes: bool) -> Self {
@@ -271,11 +279,11 @@ impl VmBuilder {
             read_only,
             hostname: self.hostname,
             volumes: self.volumes,
+            working_directory: self.working_directory,
             reaper: !self.command_is_process_1,
             resolv_conf: String::new(),
             realtime_ns: clock_ns(ClockId::Realtime),
             entropy: entropy()?,
-            // The command is process 1, as with `docker run`.
         };
         match tokio::time::timeout(SETUP_LIMIT, set_up(&monitor, setup)).await {
             Ok(done) => done?,
@@ -311,6 +319,7 @@ impl Vm {
             hostname: "kiln".into(),
             scratch: Scratch::Memory,
             volumes: Vec::new(),
+            working_directory: String::new(),
             command_is_process_1: false,
             cmdline: String::new(),
             console: None,

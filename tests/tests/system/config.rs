@@ -53,6 +53,11 @@ fn a_volume_is_writable_even_when_the_root_is_not() {
 }
 
 #[test]
+fn a_working_directory_is_made_even_when_the_root_is_read_only() {
+    run(&["--read-only"], &config("workdir"), &[]).prints("/made/for/this\n");
+}
+
+#[test]
 fn options_set_environment_user_directory_and_name() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), "# comment\nFROM_FILE=a b\nBOTH=file\n").expect("written");

@@ -306,6 +306,19 @@ fn a_read_only_root_leaves_volumes_and_temporary_places_writable() {
 }
 
 #[test]
+fn a_working_directory_is_made_before_the_root_is_read_only() {
+    let booted = Booted::new(Setup {
+        read_only: true,
+        working_directory: "/made/for/this".into(),
+        ..Setup::default()
+    });
+    assert_eq!(
+        booted.sh("ls -d /made/for/this; mkdir /made/more 2>/dev/null || echo sealed"),
+        "/made/for/this\nsealed\n"
+    );
+}
+
+#[test]
 fn without_a_scratch_disk_memory_is_written() {
     let booted = Booted::new(Setup { scratch_device: "none".into(), ..Setup::default() });
     assert_eq!(booted.sh("echo x > /home/file && cat /home/file"), "x\n");
