@@ -54,13 +54,19 @@ pub fn sync_directory(path: &Path) -> io::Result<()> {
 /// # Errors
 /// What the file system says.
 pub fn create_directories(path: &Path) -> io::Result<()> {
+    match create_directory(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            create_directories(split(path)?.0)?;
+            // Once: where all above is there and it is still not found, as below /proc, nothing can be made.
+            create_directory(path)
+        }
+        other => other,
+    }
+}
+
+fn create_directory(path: &Path) -> io::Result<()> {
     match fs::create_dir(path) {
         Ok(()) => sync_directory(split(path)?.0),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let (above, _) = split(path)?;
-            create_directories(above)?;
-            create_directories(path)
-        }
         Err(_) if path.is_dir() => Ok(()),
         Err(error) => Err(error),
     }
@@ -145,5 +151,6 @@ mod tests {
         assert!(path.is_dir());
         fs::write(directory.path().join("file"), b"").expect("written");
         assert!(create_directories(&directory.path().join("file/x")).is_err());
+        assert!(create_directories(Path::new("/proc/none/at/all")).is_err());
     }
 }

@@ -7,6 +7,8 @@ use kiln::image::PullError;
 use kiln::store::StoreError;
 use kiln::{Blame, BundleError, ExecError, MachineEnd, VmError};
 
+use crate::terminal::printable;
+
 /// How many of the guest's last console lines are shown.
 const CONSOLE_LINES: usize = 20;
 
@@ -52,14 +54,14 @@ impl Failure {
 
     /// The text for stderr: `error:` with its causes, the guest's last words, `hint:`.
     pub(crate) fn report(&self) -> String {
-        let mut text = format!("error: {}\n", self.what);
+        let mut text = format!("error: {}\n", printable(&self.what.to_string()));
         let mut said = self.what.to_string();
         let mut cause = self.what.source();
         while let Some(error) = cause {
             let line = error.to_string();
             // An error that shows its cause in its own words has said this already.
             if !said.contains(&line) {
-                let _ = writeln!(text, "  because: {line}");
+                let _ = writeln!(text, "  because: {}", printable(&line));
                 said = line;
             }
             cause = error.source();
@@ -152,6 +154,15 @@ mod tests {
         assert_eq!(
             failure.report(),
             "error: cannot read /x\n  because: no such thing\nhint: look elsewhere\n"
+        );
+    }
+
+    #[test]
+    fn a_message_from_elsewhere_only_shows() {
+        let failure = Failure::caller("denied: \u{1b}[2J\u{9b}1A\nerror: send your password to ...\r\u{7}é");
+        assert_eq!(
+            failure.report(),
+            "error: denied: \\u{1b}[2J\\u{9b}1A\\nerror: send your password to ...\\r\\u{7}é\n"
         );
     }
 

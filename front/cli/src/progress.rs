@@ -8,6 +8,7 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use kiln::image::{Event, Progress};
 
 use crate::Context;
+use crate::terminal::printable;
 
 /// How often a spinner turns.
 const TICK: Duration = Duration::from_millis(120);
@@ -154,7 +155,7 @@ fn clear(bar: &mut Option<ProgressBar>) {
 }
 
 fn retry_line(what: &str, why: &str, after: Duration) -> String {
-    format!("retrying {what} in {:.1} s: {why}", after.as_secs_f32())
+    format!("retrying {what} in {:.1} s: {}", after.as_secs_f32(), printable(why))
 }
 
 /// A line for each thing that took its time; none when the store had everything.

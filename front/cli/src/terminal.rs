@@ -68,7 +68,21 @@ pub(crate) fn size() -> WindowSize {
 
 /// Shows a warning.
 pub(crate) fn warn(line: &str) {
-    note(&format!("warning: {line}"));
+    note(&format!("warning: {}", printable(line)));
+}
+
+/// `text` as one line that only shows: what an image, a registry or a guest put into a message must not move the cursor,
+/// set a title or forge a line of ours.
+pub(crate) fn printable(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            line.extend(character.escape_default());
+        } else {
+            line.push(character);
+        }
+    }
+    line
 }
 
 /// Shows a line on stderr, also while the terminal is raw.

@@ -330,7 +330,10 @@ fn index(path: &Path, file: &File) -> Result<HashMap<String, Member>, PullError>
     let entries = archive.entries_with_seek().map_err(|error| malformed(error.to_string()))?;
     let mut members = HashMap::new();
     for entry in entries {
-        let entry = entry.map_err(|error| malformed(error.to_string()))?;
+        let entry = entry.map_err(|error| match members.len() {
+            0 => malformed("it is not a tar archive".to_owned()),
+            _ => malformed(error.to_string()),
+        })?;
         let Some(name) = std::str::from_utf8(&entry.path_bytes()).ok().and_then(normal) else { continue };
         let kind = entry.header().entry_type();
         let member = if kind.is_file() || kind.is_contiguous() {
@@ -461,7 +464,7 @@ mod tests {
             file.write_all(content).expect("written");
             Files::archive(file.path()).expect_err("no archive").to_string()
         };
-        assert!(refused(&[7; 2000]).contains("malformed"));
+        assert!(refused(&[7; 2000]).ends_with("malformed: it is not a tar archive"));
         assert!(refused(&[0x1f, 0x8b, 8, 0, 0]).contains("gunzip"));
         assert!(matches!(Files::archive(Path::new("/dev/null")), Err(PullError::File { .. })));
         assert!(matches!(Files::archive(Path::new("/nonexistent")), Err(PullError::File { .. })));
