@@ -3,10 +3,11 @@
 //! It is linked statically, so that it runs in an image that has nothing else, and on the host beside an image that
 //! another tool unpacked: the same eyes on both sides.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod listing;
 mod reading;
+mod registers;
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Write as _};
@@ -24,6 +25,8 @@ usage: probe list DIR...      every file below, with all its metadata and the di
        probe identity         user, groups, directory, host name, environment
        probe read FILE        for each line `BLOCK_BYTES COUNT sequential|random` on stdin, reads so, past the page cache,
                               and prints how many nanoseconds it took
+       probe registers PROCESSES YIELDS
+                              so many processes keep values of their own in all vector registers while they take turns
        probe exit CODE
 ";
 
@@ -45,6 +48,12 @@ fn main() -> ExitCode {
         ["pattern", bytes] => number(bytes).and_then(pattern),
         ["append", file] => append(file),
         ["read", file] => reading::serve(file),
+        ["registers", processes, yields] => number(processes)
+            .and_then(|processes| Ok((processes, number(yields)?)))
+            .and_then(|(processes, yields)| registers::share(processes, yields)),
+        ["hold-registers", id, yields] => number(id)
+            .and_then(|id| Ok((id, number(yields)?)))
+            .and_then(|(id, yields)| registers::hold(id, yields)),
         ["identity"] => identity(),
         ["exit", code] => return ExitCode::from(code.parse::<u8>().unwrap_or(1)),
         _ => {

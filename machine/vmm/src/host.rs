@@ -5,11 +5,13 @@ use std::path::Path;
 /// What the guest kernel must leave alone where its kernel mode is emulated, and why it costs nothing elsewhere to leave
 /// it on: the parameters are only given on such a host.
 ///
-/// KVM's emulator knows neither POPCNT, CMPXCHG16B, BMI nor XSAVE; string moves cost it per byte, so ERMS and FSRM are
-/// hidden to make the kernel copy by words; SMAP's instructions only add to the count. A tick can take longer than the
+/// KVM's emulator knows neither POPCNT, CMPXCHG16B nor BMI; string moves cost it per byte, so ERMS and FSRM are hidden to
+/// make the kernel copy by words; SMAP's instructions only add to the count. Of XSAVE's family the hypervisor crate
+/// completes the two plain ones, which the kernel uses when it sees none of the others. A tick can take longer than the
 /// time to the next, so ticks are stretched (a parameter of Kiln's kernel; others ignore it), and neither asynchronous
 /// page faults nor steal time add to them. What takes seconds there is no stall.
-pub(crate) const PVM_COMMAND_LINE: &str = "clearcpuid=popcnt,cx16,erms,fsrm,smap,bmi1,bmi2 noxsave \
+pub(crate) const PVM_COMMAND_LINE: &str = "clearcpuid=popcnt,cx16,erms,fsrm,smap,bmi1,bmi2,\
+                                           xsaveopt,xsavec,xgetbv1,xsaves \
                                            tick_stretch=5 no-kvmapf no-steal-acc \
                                            rcupdate.rcu_cpu_stall_suppress=1";
 

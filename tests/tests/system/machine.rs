@@ -12,6 +12,12 @@ fn sixteen_processors_are_all_used() {
     script(&["--cpus", "16", "--memory", "512m"], script_text).prints("16\n");
 }
 
+/// Three processes on one processor take turns 600 times each, with values of their own in every vector register.
+#[test]
+fn vector_registers_belong_to_one_process() {
+    script(&[], "/probe registers 3 30").prints("3 processes kept their registers\n");
+}
+
 #[test]
 fn a_hundred_kibibytes_of_arguments_arrive() {
     let words: Vec<String> = (0..1024).map(|number| format!("{number:0100}")).collect();

@@ -1,8 +1,11 @@
 //! Linux KVM.
 
+mod completion;
 mod convert;
 mod kick;
+mod page_walk;
 mod vcpu;
+mod xstate;
 
 use std::io;
 
@@ -87,7 +90,9 @@ impl Hypervisor for Kvm {
     fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
         let cpuid =
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(cpuid.as_slice().iter().map(CpuidEntry::from).collect())
+        let mut entries: Vec<_> = cpuid.as_slice().iter().map(CpuidEntry::from).collect();
+        completion::complete_cpuid(&mut entries);
+        Ok(entries)
     }
 
     fn create_vm(&self) -> Result<KvmVm, Error> {

@@ -8,12 +8,10 @@ use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_s
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::call;
+use super::completion::Completion;
 use super::kick::KvmKick;
-use crate::{CpuidEntry, Error, Exit, Msr, Registers, SystemRegisters, Vcpu};
-
-/// `int3`.
-const BREAKPOINT_INSTRUCTION: u8 = 0xcc;
-const BREAKPOINT_VECTOR: u8 = 3;
+use super::xstate::Layout;
+use crate::{CpuidEntry, Error, Exit, InternalError, Msr, Registers, SystemRegisters, Vcpu};
 
 /// One vCPU of KVM.
 #[derive(Debug)]
@@ -21,10 +19,12 @@ pub struct KvmVcpu {
     // Closed before the memory below is let go: fields drop in this order.
     fd: VcpuFd,
     kick: KvmKick,
-    /// The guest met a breakpoint that KVM could not deliver; the next run begins with it.
-    owes_breakpoint: bool,
+    /// The guest met an instruction that KVM cannot emulate and we can; the next run begins with it.
+    unfinished: Option<(Completion, InternalError)>,
+    /// Where the guest's XSAVE areas hold what.
+    xstate: Layout,
     /// An open vCPU keeps the machine and its memory slots alive in the kernel, so it keeps what they point into.
-    _memory: GuestMemory,
+    memory: GuestMemory,
 }
 
 impl KvmVcpu {
@@ -32,24 +32,7 @@ impl KvmVcpu {
         // SAFETY: the descriptor is open: `fd` owns it and outlives the borrow.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let kick = KvmKick::new(borrowed)?;
-        Ok(Self { fd, kick, owes_breakpoint: false, _memory: memory })
-    }
-
-    /// Delivers the exception of the `int3` at the instruction pointer.
-    ///
-    /// Where KVM emulates guest kernels (a PVM host) it does not know this instruction, and a kernel on several vCPUs
-    /// puts it into its own code for a moment whenever it patches itself. Intel SDM volume 3 §6.15 "Exception and
-    /// Interrupt Reference", "Interrupt 3": a trap, so it is reported behind the instruction.
-    fn deliver_breakpoint(&mut self) -> Result<(), Error> {
-        let mut regs = self.fd.get_regs().map_err(call("KVM_GET_REGS"))?;
-        regs.rip = regs.rip.wrapping_add(1);
-        self.fd.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
-        let mut events = self.fd.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
-        events.exception.injected = 1;
-        events.exception.nr = BREAKPOINT_VECTOR;
-        events.exception.has_error_code = 0;
-        events.exception.pending = 0;
-        self.fd.set_vcpu_events(&events).map_err(call("KVM_SET_VCPU_EVENTS"))
+        Ok(Self { fd, kick, unfinished: None, xstate: Layout::default(), memory })
     }
 }
 
@@ -57,12 +40,15 @@ impl Vcpu for KvmVcpu {
     type Kick = KvmKick;
 
     fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> Result<(), Error> {
+        let layout = Layout::new(entries);
         let entries: Vec<kvm_cpuid_entry2> = entries.iter().map(Into::into).collect();
         let cpuid = CpuId::from_entries(&entries).map_err(|_| Error::Call {
             call: "KVM_SET_CPUID2",
             source: io::Error::from(io::ErrorKind::InvalidInput),
         })?;
-        self.fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))
+        self.fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+        self.xstate = layout;
+        Ok(())
     }
 
     fn registers(&self) -> Result<Registers, Error> {
@@ -107,8 +93,10 @@ impl Vcpu for KvmVcpu {
 
     fn run(&mut self) -> Result<Exit<'_>, Error> {
         self.kick.enter();
-        if std::mem::take(&mut self.owes_breakpoint) {
-            self.deliver_breakpoint()?;
+        if let Some((completion, error)) = self.unfinished.take()
+            && !completion.finish(&self.fd, &self.memory, &self.xstate)?
+        {
+            return Ok(Exit::InternalError(error));
         }
         match self.fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => Ok(Exit::PortWrite { port, data }),
@@ -120,11 +108,8 @@ impl Vcpu for KvmVcpu {
             Ok(VcpuExit::FailEntry(reason, _)) => Ok(Exit::FailedEntry { reason }),
             Ok(VcpuExit::InternalError) => {
                 let error = self.kick.internal_error();
-                if error.instruction().first() == Some(&BREAKPOINT_INSTRUCTION) {
-                    self.owes_breakpoint = true;
-                    return Ok(Exit::Kicked);
-                }
-                Ok(Exit::InternalError(error))
+                self.unfinished = Completion::of(&error).map(|completion| (completion, error));
+                if self.unfinished.is_some() { Ok(Exit::Kicked) } else { Ok(Exit::InternalError(error)) }
             }
             Ok(_) => Ok(Exit::Unknown(self.kick.exit_reason())),
             Err(errno) if errno.errno() == libc::EINTR => {
