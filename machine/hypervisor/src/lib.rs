@@ -28,7 +28,9 @@ pub use exit::{Exit, InternalError};
 pub use kvm::{Kvm, KvmKick, KvmVcpu, KvmVm};
 pub use requirements::{REQUIREMENTS, Requirement};
 pub use scripted::{Answer, Event, Scripted, ScriptedKick, ScriptedVcpu, ScriptedVm, Step};
-pub use state::{CpuidEntry, DescriptorTable, Msi, Msr, Registers, Segment, SystemRegisters};
+pub use state::{
+    CpuidEntry, DescriptorTable, Events, Msi, Msr, Registers, Segment, SystemRegisters, VcpuState,
+};
 
 /// The most vCPUs one machine has: what the xAPIC ids, the MP table and the tests cover.
 pub const MAX_VCPUS: u8 = 16;
@@ -83,6 +85,18 @@ pub trait Vm: Send + Sync + 'static {
     /// # Errors
     /// [`Error::Call`] when the backend fails.
     fn signal_msi(&self, msi: Msi) -> Result<(), Error>;
+
+    /// The guest's clock (kvm-clock) in nanoseconds since its machine was made.
+    ///
+    /// # Errors
+    /// [`Error::Call`] when the backend fails.
+    fn clock_ns(&self) -> Result<u64, Error>;
+
+    /// Lets the guest's clock go on from `clock_ns`.
+    ///
+    /// # Errors
+    /// [`Error::Call`] when the backend fails.
+    fn set_clock_ns(&self, clock_ns: u64) -> Result<(), Error>;
 }
 
 /// One virtual CPU. It may move between threads, but runs on one at a time.
@@ -131,6 +145,20 @@ pub trait Vcpu: Send + 'static {
     /// # Errors
     /// [`Error::Call`] when the backend fails.
     fn tsc_khz(&self) -> Result<u32, Error>;
+
+    /// All of its state. It rests: it has not run yet, or its last run ended with [`Exit::Kicked`], after which nothing it
+    /// asked for is unanswered.
+    ///
+    /// # Errors
+    /// [`Error::Order`] when it does not rest; [`Error::Call`] when the backend fails.
+    fn save(&mut self) -> Result<VcpuState, Error>;
+
+    /// Becomes what `state` says, after [`Vcpu::set_cpuid`] with the CPUID of the vCPU it was saved from.
+    ///
+    /// # Errors
+    /// [`Error::Order`] when it does not rest; [`Error::Msr`] or [`Error::Call`] when the backend refuses a part. The vCPU is
+    /// then of no further use.
+    fn restore(&mut self, state: &VcpuState) -> Result<(), Error>;
 
     /// A handle that ends [`Vcpu::run`] from another thread.
     fn kick(&self) -> Self::Kick;

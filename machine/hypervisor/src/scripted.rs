@@ -12,7 +12,7 @@ use kiln_memory::GuestMemory;
 
 use crate::{
     CpuidEntry, Error, Exit, Hypervisor, InternalError, Kick, MAX_VCPUS, Msi, Msr, Registers,
-    SystemRegisters, Vcpu, Vm,
+    SystemRegisters, Vcpu, VcpuState, Vm,
 };
 
 /// The rate a scripted time stamp counter claims, in kHz.
@@ -116,7 +116,12 @@ impl Hypervisor for Scripted {
     }
 
     fn create_vm(&self) -> Result<ScriptedVm, Error> {
-        Ok(ScriptedVm { scripted: self.clone(), memory: None, has_interrupts: false })
+        Ok(ScriptedVm {
+            scripted: self.clone(),
+            memory: None,
+            has_interrupts: false,
+            clock_ns: Mutex::default(),
+        })
     }
 }
 
@@ -126,6 +131,8 @@ pub struct ScriptedVm {
     scripted: Scripted,
     memory: Option<GuestMemory>,
     has_interrupts: bool,
+    /// It stands still.
+    clock_ns: Mutex<u64>,
 }
 
 impl Vm for ScriptedVm {
@@ -157,8 +164,11 @@ impl Vm for ScriptedVm {
             script: script.into(),
             asked: false,
             buffer: Vec::new(),
-            registers: Registers { rflags: 2, ..Registers::default() },
-            system_registers: SystemRegisters::default(),
+            state: VcpuState {
+                registers: Registers { rflags: 2, ..Registers::default() },
+                ..VcpuState::default()
+            },
+            rests: true,
             seen: Arc::clone(&self.scripted.seen),
             kick: ScriptedKick::default(),
         })
@@ -166,6 +176,15 @@ impl Vm for ScriptedVm {
 
     fn signal_msi(&self, msi: Msi) -> Result<(), Error> {
         lock(&self.scripted.seen).push(Event::Interrupted(msi));
+        Ok(())
+    }
+
+    fn clock_ns(&self) -> Result<u64, Error> {
+        Ok(*lock(&self.clock_ns))
+    }
+
+    fn set_clock_ns(&self, clock_ns: u64) -> Result<(), Error> {
+        *lock(&self.clock_ns) = clock_ns;
         Ok(())
     }
 }
@@ -178,8 +197,9 @@ pub struct ScriptedVcpu {
     /// The last exit was a read, whose answer is in `buffer`.
     asked: bool,
     buffer: Vec<u8>,
-    registers: Registers,
-    system_registers: SystemRegisters,
+    state: VcpuState,
+    /// It has not run, or its last run was ended by a kick.
+    rests: bool,
     seen: Arc<Mutex<Vec<Event>>>,
     kick: ScriptedKick,
 }
@@ -192,20 +212,20 @@ impl Vcpu for ScriptedVcpu {
     }
 
     fn registers(&self) -> Result<Registers, Error> {
-        Ok(self.registers)
+        Ok(self.state.registers)
     }
 
     fn set_registers(&mut self, registers: &Registers) -> Result<(), Error> {
-        self.registers = *registers;
+        self.state.registers = *registers;
         Ok(())
     }
 
     fn system_registers(&self) -> Result<SystemRegisters, Error> {
-        Ok(self.system_registers)
+        Ok(self.state.system_registers)
     }
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<(), Error> {
-        self.system_registers = *registers;
+        self.state.system_registers = *registers;
         Ok(())
     }
 
@@ -217,6 +237,17 @@ impl Vcpu for ScriptedVcpu {
         Ok(TSC_KHZ)
     }
 
+    fn save(&mut self) -> Result<VcpuState, Error> {
+        self.check_rest()?;
+        Ok(self.state.clone())
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+        self.check_rest()?;
+        self.state = state.clone();
+        Ok(())
+    }
+
     fn kick(&self) -> ScriptedKick {
         self.kick.clone()
     }
@@ -226,6 +257,7 @@ impl Vcpu for ScriptedVcpu {
             let data = std::mem::take(&mut self.buffer);
             lock(&self.seen).push(Event::Answered(Answer { vcpu: self.index, data }));
         }
+        self.rests = true;
         if self.kick.take() {
             return Ok(Exit::Kicked);
         }
@@ -233,6 +265,7 @@ impl Vcpu for ScriptedVcpu {
             self.kick.wait();
             return Ok(Exit::Kicked);
         };
+        self.rests = false;
         Ok(match step {
             Step::PortWrite { port, data } => {
                 self.buffer = data;
@@ -256,6 +289,13 @@ impl Vcpu for ScriptedVcpu {
 }
 
 impl ScriptedVcpu {
+    fn check_rest(&self) -> Result<(), Error> {
+        if self.rests {
+            return Ok(());
+        }
+        Err(Error::Order("a vCPU's state is whole only after a run that was ended by a kick"))
+    }
+
     fn ask(&mut self, size: usize) -> &mut [u8] {
         self.asked = true;
         self.buffer = vec![0; size];

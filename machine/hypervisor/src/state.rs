@@ -119,3 +119,57 @@ pub struct Msi {
     /// Vector, delivery mode and trigger.
     pub data: u32,
 }
+
+/// Everything a vCPU is while it rests, its CPUID apart: what [`Vcpu::save`](crate::Vcpu::save) finds and
+/// [`Vcpu::restore`](crate::Vcpu::restore) makes so again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VcpuState {
+    /// The general registers.
+    pub registers: Registers,
+    /// The segment, control and table registers.
+    pub system_registers: SystemRegisters,
+    /// Which parts of [`VcpuState::xsave`] the guest uses (`XCR0`); 0 where the processor has no XSAVE.
+    pub xcr0: u64,
+    /// The floating-point and vector registers, as XSAVE's standard form lays them out. Intel SDM volume 1 §13.4 "XSAVE
+    /// Area".
+    pub xsave: Vec<u8>,
+    /// The local APIC's registers as they lie in its page. Intel SDM volume 3 §11.4.1 "The Local APIC Block Diagram".
+    pub local_apic: Vec<u8>,
+    /// DR0 to DR3, DR6 and DR7.
+    pub debug_registers: [u64; 6],
+    /// What is about to interrupt it.
+    pub events: Events,
+    /// Whether it runs, is halted, or waits to be started: `KVM_MP_STATE_*`. Linux `Documentation/virt/kvm/api.rst` §4.38
+    /// "`KVM_GET_MP_STATE`".
+    pub run_state: u32,
+    /// Every model-specific register that can be read, in the order to write them in.
+    pub msrs: Vec<Msr>,
+}
+
+/// Exceptions and interrupts between being raised and being taken. The names are those of `struct kvm_vcpu_events`, Linux
+/// `Documentation/virt/kvm/api.rst` §4.31 "`KVM_GET_VCPU_EVENTS`".
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the interface's own names")]
+pub struct Events {
+    pub flags: u32,
+    pub exception_injected: u8,
+    pub exception_nr: u8,
+    pub exception_has_error_code: u8,
+    pub exception_pending: u8,
+    pub exception_error_code: u32,
+    pub exception_has_payload: u8,
+    pub exception_payload: u64,
+    pub interrupt_injected: u8,
+    pub interrupt_nr: u8,
+    pub interrupt_soft: u8,
+    pub interrupt_shadow: u8,
+    pub nmi_injected: u8,
+    pub nmi_pending: u8,
+    pub nmi_masked: u8,
+    pub sipi_vector: u32,
+    pub smi_smm: u8,
+    pub smi_pending: u8,
+    pub smi_smm_inside_nmi: u8,
+    pub smi_latched_init: u8,
+    pub triple_fault_pending: u8,
+}

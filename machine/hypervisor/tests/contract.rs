@@ -266,6 +266,62 @@ fn registers_read_as_they_were_set<B: Backend>() {
     assert_eq!(read.cs.base, system.cs.base);
 }
 
+/// Runs to the first port write and on to a rest behind it.
+fn rest_behind_a_write<V: Vcpu>(vcpu: &mut V) {
+    assert!(matches!(next(vcpu), Exit::PortWrite { port: 0x10, .. }));
+    vcpu.kick().kick();
+    assert_eq!(next(vcpu), Exit::Kicked);
+}
+
+/// mov ebx, 0x55667788; out 0x10, al; mov eax, ebx; out 0x11, eax; jmp $
+const KEEPS_A_VALUE: [u8; 13] =
+    [0xbb, 0x88, 0x77, 0x66, 0x55, 0xe6, 0x10, 0x89, 0xd8, 0xe7, 0x11, 0xeb, 0xfe];
+
+fn a_vcpu_goes_on_in_another_machine<B: Backend>() {
+    let write = |port, data: &[u8]| Step::PortWrite { port, data: data.into() };
+    let (vm, mut vcpu) = machine::<B>(&KEEPS_A_VALUE, &[], vec![write(0x10, &[0])]);
+    rest_behind_a_write(&mut vcpu);
+    let state = vcpu.save().expect("saved");
+    let clock = vm.clock_ns().expect("a clock");
+    drop((vcpu, vm));
+    let value = [0x88, 0x77, 0x66, 0x55];
+    let (vm, mut other) = machine::<B>(&KEEPS_A_VALUE, &[], vec![write(0x11, &value)]);
+    vm.set_clock_ns(clock + 5_000_000_000).expect("set");
+    other.restore(&state).expect("restored");
+    assert_eq!(next(&mut other), Exit::PortWrite { port: 0x11, data: &value });
+    assert!(vm.clock_ns().expect("a clock") >= clock + 5_000_000_000);
+}
+
+fn what_is_restored_is_what_was_saved<B: Backend>() {
+    const MOVING: [u32; 1] = [0x10];
+    let script = || vec![Step::PortWrite { port: 0x10, data: vec![0] }];
+    let (_vm, mut vcpu) = machine::<B>(&KEEPS_A_VALUE, &[], script());
+    rest_behind_a_write(&mut vcpu);
+    let mut saved = vcpu.save().expect("saved");
+    saved.registers.r15 = 15;
+    saved.debug_registers[0] = 0x1234;
+    if let Some(area) = saved.xsave.get_mut(..1024) {
+        // XMM3, and the bit that says that such registers have values.
+        area[208..224].copy_from_slice(b"sixteen bytes...");
+        area[512] |= 0b10;
+    }
+    let (_other_vm, mut other) = machine::<B>(&KEEPS_A_VALUE, &[], script());
+    other.restore(&saved).expect("restored");
+    let mut found = other.save().expect("saved again");
+    for state in [&mut saved, &mut found] {
+        state.msrs.retain(|msr| !MOVING.contains(&msr.index));
+    }
+    assert_eq!(found, saved);
+}
+
+fn a_vcpu_that_waits_for_an_answer_is_not_saved<B: Backend>() {
+    let (_vm, mut vcpu) =
+        machine::<B>(&KEEPS_A_VALUE, &[], vec![Step::PortWrite { port: 0x10, data: vec![0] }]);
+    vcpu.save().expect("it has not run");
+    next(&mut vcpu);
+    assert!(matches!(vcpu.save(), Err(Error::Order(_))));
+}
+
 fn the_clock_has_a_rate<B: Backend>() {
     let (_vm, vcpu) = machine::<B>(&[0xf4], &[], vec![]);
     assert!(vcpu.tsc_khz().expect("a rate") > 0);
@@ -334,6 +390,9 @@ contract! {
     a_breakpoint_in_the_guest_kernel_reaches_its_handler
     running_outside_ram_is_an_internal_error
     registers_read_as_they_were_set
+    a_vcpu_goes_on_in_another_machine
+    what_is_restored_is_what_was_saved
+    a_vcpu_that_waits_for_an_answer_is_not_saved
     the_clock_has_a_rate
     calls_out_of_order_are_refused
     memory_on_both_sides_of_the_hole_is_mapped

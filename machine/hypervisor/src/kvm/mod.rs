@@ -4,14 +4,17 @@ mod completion;
 mod convert;
 mod kick;
 mod page_walk;
+mod save;
 mod vcpu;
 mod xstate;
 
 use std::io;
+use std::sync::Arc;
 
 use kiln_memory::GuestMemory;
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_clock_data, kvm_enable_cap, kvm_msi,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
 
@@ -35,6 +38,8 @@ pub struct Kvm {
     /// Machines need [`TSS_ADDRESS`]. It is a hidden memory slot, and a second slot waits for milliseconds, so it is
     /// not given to those that do not.
     needs_tss: bool,
+    /// The model-specific registers that are part of a vCPU's state.
+    msrs: Arc<[u32]>,
 }
 
 impl Kvm {
@@ -60,7 +65,8 @@ impl Kvm {
             kvm_ioctls::Kvm::new().map_err(|errno| Error::Open { path: DEVICE, source: errno.into() })?;
         kick::install_handler();
         let needs_tss = std::fs::read(UNRESTRICTED_GUEST).is_ok_and(|value| value.starts_with(b"N"));
-        Ok(Self { kvm, needs_tss })
+        let msrs = kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(Self { needs_tss, msrs: msrs.as_slice().into(), kvm })
     }
 
     /// What [`crate::REQUIREMENTS`] names and this KVM does not have.
@@ -103,7 +109,13 @@ impl Hypervisor for Kvm {
                 other => break other.map_err(call("KVM_CREATE_VM"))?,
             }
         };
-        Ok(KvmVm { vm, memory: None, has_interrupts: false, needs_tss: self.needs_tss })
+        Ok(KvmVm {
+            vm,
+            memory: None,
+            has_interrupts: false,
+            needs_tss: self.needs_tss,
+            msrs: Arc::clone(&self.msrs),
+        })
     }
 }
 
@@ -116,6 +128,7 @@ pub struct KvmVm {
     memory: Option<GuestMemory>,
     has_interrupts: bool,
     needs_tss: bool,
+    msrs: Arc<[u32]>,
 }
 
 impl Vm for KvmVm {
@@ -162,7 +175,7 @@ impl Vm for KvmVm {
         }
         let fd = self.vm.create_vcpu(index.into()).map_err(call("KVM_CREATE_VCPU"))?;
         let memory = self.memory.clone().expect("interrupts are enabled after memory is mapped");
-        KvmVcpu::new(fd, memory)
+        KvmVcpu::new(fd, memory, Arc::clone(&self.msrs))
     }
 
     fn signal_msi(&self, msi: Msi) -> Result<(), Error> {
@@ -170,6 +183,15 @@ impl Vm for KvmVm {
         // The count is how many local APICs took it; none is the guest's business.
         self.vm.signal_msi(msi).map_err(call("KVM_SIGNAL_MSI"))?;
         Ok(())
+    }
+
+    fn clock_ns(&self) -> Result<u64, Error> {
+        Ok(self.vm.get_clock().map_err(call("KVM_GET_CLOCK"))?.clock)
+    }
+
+    fn set_clock_ns(&self, clock_ns: u64) -> Result<(), Error> {
+        let clock = kvm_clock_data { clock: clock_ns, ..kvm_clock_data::default() };
+        self.vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))
     }
 }
 

@@ -2,16 +2,17 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use kiln_memory::GuestMemory;
 use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::call;
 use super::completion::Completion;
 use super::kick::KvmKick;
 use super::xstate::Layout;
-use crate::{CpuidEntry, Error, Exit, InternalError, Msr, Registers, SystemRegisters, Vcpu};
+use super::{call, save};
+use crate::{CpuidEntry, Error, Exit, InternalError, Msr, Registers, SystemRegisters, Vcpu, VcpuState};
 
 /// One vCPU of KVM.
 #[derive(Debug)]
@@ -25,14 +26,31 @@ pub struct KvmVcpu {
     xstate: Layout,
     /// An open vCPU keeps the machine and its memory slots alive in the kernel, so it keeps what they point into.
     memory: GuestMemory,
+    /// The model-specific registers that are part of its state.
+    msrs: Arc<[u32]>,
+    /// It has not run, or its last exit left nothing to be answered.
+    rests: bool,
 }
 
 impl KvmVcpu {
-    pub(super) fn new(fd: VcpuFd, memory: GuestMemory) -> Result<Self, Error> {
+    pub(super) fn new(fd: VcpuFd, memory: GuestMemory, msrs: Arc<[u32]>) -> Result<Self, Error> {
         // SAFETY: the descriptor is open: `fd` owns it and outlives the borrow.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let kick = KvmKick::new(borrowed)?;
-        Ok(Self { fd, kick, unfinished: None, xstate: Layout::default(), memory })
+        Ok(Self { fd, kick, unfinished: None, xstate: Layout::default(), memory, msrs, rests: true })
+    }
+
+    /// Finishes what the last exit left to do.
+    fn settle(&mut self) -> Result<(), Error> {
+        if !self.rests {
+            return Err(Error::Order("a vCPU's state is whole only after a run that was ended by a kick"));
+        }
+        match self.unfinished.take() {
+            Some((completion, _)) if !completion.finish(&self.fd, &self.memory, &self.xstate)? => {
+                Err(Error::Order("the guest stands at an instruction that nobody can emulate"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -87,6 +105,16 @@ impl Vcpu for KvmVcpu {
         self.fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))
     }
 
+    fn save(&mut self) -> Result<VcpuState, Error> {
+        self.settle()?;
+        save::save(&self.fd, &self.msrs)
+    }
+
+    fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+        self.settle()?;
+        save::restore(&self.fd, state)
+    }
+
     fn kick(&self) -> KvmKick {
         self.kick.clone()
     }
@@ -98,7 +126,9 @@ impl Vcpu for KvmVcpu {
         {
             return Ok(Exit::InternalError(error));
         }
-        match self.fd.run() {
+        let outcome = self.fd.run();
+        self.rests = matches!(outcome, Ok(VcpuExit::Intr | VcpuExit::InternalError) | Err(_));
+        match outcome {
             Ok(VcpuExit::IoOut(port, data)) => Ok(Exit::PortWrite { port, data }),
             Ok(VcpuExit::IoIn(port, data)) => Ok(Exit::PortRead { port, data }),
             Ok(VcpuExit::MmioWrite(gpa, data)) => Ok(Exit::MmioWrite { gpa, data }),
