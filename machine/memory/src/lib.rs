@@ -12,10 +12,11 @@
 //! 4 GiB        the rest of RAM
 //! ```
 //!
-//! A restored machine maps its snapshot file `MAP_PRIVATE` over the same host addresses; [`GuestMemory::new`] is where
-//! that constructor has its sibling.
+//! A restored machine maps its snapshot file `MAP_PRIVATE` over the same host addresses: [`GuestMemory::overlay`].
 
 mod address;
+#[expect(unsafe_code, reason = "one mapping takes the place of another")]
+mod image;
 mod memory;
 mod slices;
 

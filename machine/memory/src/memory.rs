@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
@@ -25,6 +25,8 @@ pub const PAGE_BYTES: u64 = 4096;
 #[derive(Clone)]
 pub struct GuestMemory {
     ram: Arc<GuestMemoryMmap>,
+    /// A file is mapped in the place of RAM, so that a page never touched may hold something.
+    overlaid: Arc<AtomicBool>,
 }
 
 /// One contiguous piece of RAM, as a hypervisor maps it.
@@ -86,7 +88,7 @@ impl GuestMemory {
         }
         // Anonymous, private, not reserved: what `from_ranges` maps.
         let ram = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| MapError::Host { bytes, source })?;
-        Ok(Self { ram: Arc::new(ram) })
+        Ok(Self { ram: Arc::new(ram), overlaid: Arc::default() })
     }
 
     /// The pieces of RAM in ascending order: one, or two when there is RAM past the MMIO hole.
@@ -229,6 +231,10 @@ impl GuestMemory {
             pieces.push(self.slice(span.at, span.bytes)?);
         }
         Ok(Slices::new(&pieces))
+    }
+
+    pub(crate) fn overlaid(&self) -> &AtomicBool {
+        &self.overlaid
     }
 
     /// The checked run itself. RAM regions never touch each other, so a run that is all RAM lies in one of them.
