@@ -70,6 +70,8 @@ pub struct Session {
     pub signal: Arc<Signal>,
     /// What the device itself keeps while it is stopped, open connections for one; `None` in a fresh session.
     pub kept: Option<Box<dyn Any + Send>>,
+    /// The driver worked with a device of another machine before: what that one kept is gone.
+    pub restored: bool,
 }
 
 impl Session {
@@ -146,6 +148,13 @@ impl Signal {
 
     pub(crate) fn config_generation(&self) -> u32 {
         self.config_generation.load(Ordering::Acquire)
+    }
+
+    /// As it was when it was saved. Why the driver had broken the device is not known any more.
+    pub(crate) fn restore(&self, interrupt_status: u32, config_generation: u32, needs_reset: bool) {
+        self.interrupt_status.store(interrupt_status, Ordering::Release);
+        self.config_generation.store(config_generation, Ordering::Release);
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = needs_reset.then_some(Broken::Before);
     }
 
     /// Back to how it was before the driver; only while the device is stopped.

@@ -28,7 +28,7 @@ mod worker;
 
 pub use block::{Block, DataFile, Disk, DiskError, DiskFault, Extent};
 pub use device::{Device, Interrupt, Session, Signal};
-pub use queue::{Broken, Chain, MAX_QUEUE_ENTRIES, Queue, QueueLayout};
+pub use queue::{Broken, Chain, MAX_QUEUE_ENTRIES, Queue, QueueLayout, QueueProgress};
 pub use rng::Rng;
-pub use transport::{TRANSPORT_BYTES, Transport};
+pub use transport::{QueueState, RestoreError, TRANSPORT_BYTES, Transport, TransportState};
 pub use vsock::{ConnectError, OpenStream, Vsock, VsockPorts, unix_connector};

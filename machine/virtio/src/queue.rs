@@ -74,6 +74,9 @@ pub enum Broken {
         /// The queue.
         index: u16,
     },
+    /// The driver had broken the device before the machine was saved.
+    #[error("broken before the machine was saved")]
+    Before,
     /// The device could not start or go on for want of something of the host's: a thread, a descriptor.
     #[error("the host cannot run the device: {0}")]
     Host(std::io::ErrorKind),
@@ -119,6 +122,17 @@ impl QueueLayout {
         }
         Ok(())
     }
+}
+
+/// How far a queue has come. Everything else it knows is in guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueProgress {
+    /// The available index up to which requests were taken.
+    pub next_available: u16,
+    /// The used index published last.
+    pub next_used: u16,
+    /// The used index when the driver was last considered for an interrupt.
+    pub considered_used: u16,
 }
 
 /// A set of descriptors of one queue.
@@ -226,6 +240,31 @@ impl Queue {
             next_used: 0,
             considered_used: 0,
             in_flight: DescriptorSet::default(),
+        })
+    }
+
+    /// A queue that goes on where another was [saved](Self::progress).
+    ///
+    /// # Errors
+    /// [`Broken`], as [`Queue::new`].
+    pub fn resume(
+        memory: &GuestMemory,
+        layout: QueueLayout,
+        max_entries: u16,
+        event_idx: bool,
+        progress: QueueProgress,
+    ) -> Result<Self, Broken> {
+        let QueueProgress { next_available, next_used, considered_used } = progress;
+        let queue = Self::new(memory, layout, max_entries, event_idx)?;
+        Ok(Self { next_available, next_used, considered_used, ..queue })
+    }
+
+    /// How far the queue has come; `None` while requests are in flight, which no number would bring back.
+    pub fn progress(&self) -> Option<QueueProgress> {
+        (self.in_flight == DescriptorSet::default()).then_some(QueueProgress {
+            next_available: self.next_available,
+            next_used: self.next_used,
+            considered_used: self.considered_used,
         })
     }
 

@@ -166,6 +166,7 @@ mod tests {
                 queues: vec![queue],
                 signal,
                 kept: None,
+                restored: false,
             };
             device.start(session).expect("started");
             device.stop().expect("was running")

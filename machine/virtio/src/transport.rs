@@ -1,10 +1,14 @@
 //! The registers of virtio over MMIO. VIRTIO 1.2 §4.2 "Virtio Over MMIO".
 
+mod save;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_memory::{Gpa, GuestMemory};
 
 use crate::{Broken, Device, Interrupt, Queue, QueueLayout, Session, Signal};
+
+pub use save::{QueueState, RestoreError, TransportState};
 
 /// How much of the guest's address space one transport takes.
 pub const TRANSPORT_BYTES: u64 = 0x1000;
@@ -84,6 +88,8 @@ struct State {
     driver_features: u64,
     queue_sel: u32,
     queues: Vec<QueueRegisters>,
+    /// The session of a device that was running and is paused.
+    held: Option<Session>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -108,6 +114,7 @@ impl Transport {
             driver_features: 0,
             queue_sel: 0,
             queues,
+            held: None,
         };
         Self { state: Mutex::new(state), signal }
     }
@@ -277,6 +284,7 @@ impl State {
             queues,
             signal: Arc::clone(&self.signal),
             kept: None,
+            restored: false,
         };
         self.device.start(session).map_err(|error| Broken::Host(error.kind()))
     }

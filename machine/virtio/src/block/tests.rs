@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::*;
+use crate::Transport;
 use crate::testing::Driver;
 
 const T_IN: u32 = 0;
@@ -225,6 +226,30 @@ fn a_verified_block_vouches_for_no_other() {
         let at = block * BLOCK_BYTES;
         let expected = if sound.contains(&block) { Ok(content[at..at + 4096].to_vec()) } else { Err(IOERR) };
         assert_eq!(guest.read(sector(block), 4096), expected, "block {block}");
+    }
+}
+
+#[test]
+fn a_restored_disk_goes_on_behind_the_last_request() {
+    let content = pattern(1 << 20, 8);
+    let disk = || {
+        let extent = Extent { file: verified(&content), offset: 0, bytes: content.len() as u64 };
+        Disk::read_only(vec![extent]).expect("a disk")
+    };
+    let mut guest = Guest::start(disk());
+    for sector in 0..5 {
+        guest.read(sector, 512).expect("read");
+    }
+    guest.driver.transport.pause();
+    let saved = guest.driver.transport.save().expect("nothing is in flight");
+    let device = Block::new(disk(), "layers", Box::new(|_| {})).expect("a short serial");
+    let (memory, line) = (guest.driver.memory.clone(), guest.driver.raised.clone());
+    guest.driver.transport = Transport::restore(Box::new(device), memory, line, &saved).expect("restored");
+    assert_eq!(guest.driver.transport.save(), Some(saved));
+    guest.driver.transport.resume();
+    for sector in 100..400 {
+        let at = sector as usize * 512;
+        assert_eq!(guest.read(sector, 512), Ok(content[at..at + 512].to_vec()), "sector {sector}");
     }
 }
 
@@ -540,6 +565,7 @@ fn a_stopped_disk_goes_on_where_it_was() {
         queues: vec![crate::Queue::new(&memory, queue.layout(), 256, false).expect("a queue")],
         signal: Arc::new(crate::Signal::new(Arc::clone(&raised) as Arc<dyn crate::Interrupt>)),
         kept: None,
+        restored: false,
     });
     memory.write(HEADER, &[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).expect("RAM");
     let mut answered = 0;

@@ -21,6 +21,9 @@ use crate::{Broken, Device, Session};
 
 const DEVICE_TYPE: u32 = 19;
 const QUEUE_ENTRIES: &[u16] = &[256, 256, 8];
+/// Behind those for packets, one each way.
+const EVENT_QUEUE: usize = 2;
+const EVENT_TRANSPORT_RESET: u32 = 0;
 /// The queues, in the device's order. The third carries events to the guest, of which there is one: that a restore cut
 /// all its connections.
 const RX: usize = 0;
@@ -148,6 +151,10 @@ impl Device for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn start(&mut self, mut session: Session) -> io::Result<()> {
+        if std::mem::take(&mut session.restored) {
+            // A driver that breaks its queue here is found out by the thread.
+            let _ = tell_reset(&mut session);
+        }
         // A session that was stopped and kept has its connections still.
         let muxer = match session.kept.take().and_then(|kept| kept.downcast::<Muxer>().ok()) {
             Some(muxer) => muxer,
@@ -235,6 +242,16 @@ impl Stepped {
             }
         }
     }
+}
+
+/// Tells the driver that all its connections are gone. VIRTIO 1.2 §5.10.6.7 "Device Events".
+fn tell_reset(session: &mut Session) -> Result<(), Broken> {
+    let Session { memory, queues, .. } = &mut *session;
+    let Some(events) = queues.get_mut(EVENT_QUEUE) else { return Ok(()) };
+    let Some(chain) = events.pop(memory)? else { return Ok(()) };
+    let written = memory.slices(chain.writable())?.copy_from(&EVENT_TRANSPORT_RESET.to_le_bytes());
+    events.push(memory, chain, written as u32)?;
+    session.interrupt_if_wanted()
 }
 
 /// Moves streams until told to stop.

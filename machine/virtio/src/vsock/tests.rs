@@ -11,6 +11,7 @@ use kiln_memory::{Gpa, Span};
 use super::connection::CONNECTION_BUFFER_BYTES;
 use super::packet::*;
 use super::*;
+use crate::Transport;
 use crate::testing::Driver;
 
 const CID: u64 = 5;
@@ -494,6 +495,27 @@ fn one_reader_that_never_reads_stalls_nobody_else() {
 }
 
 #[test]
+fn a_restored_guest_hears_that_its_connections_are_gone() {
+    let (mut guest, ports) = Guest::start();
+    let (_host, port) = guest.connected(&ports);
+    let event = Gpa(TX_BUFFERS + 0x8000);
+    guest.driver.memory.write_u32(event, 7).expect("RAM");
+    guest.driver.queues[EVENT_QUEUE].submit(&[], &[Span::new(event, 4)]).expect("free");
+    guest.driver.transport.pause();
+    let saved = guest.driver.transport.save().expect("nothing is in flight");
+    let (device, ports) = Vsock::new(CID);
+    let (memory, line) = (guest.driver.memory.clone(), guest.driver.raised.clone());
+    guest.driver.transport = Transport::restore(Box::new(device), memory, line, &saved).expect("restored");
+    guest.driver.transport.resume();
+    assert_eq!(guest.driver.wait_used(EVENT_QUEUE), (0, 4));
+    assert_eq!(guest.driver.memory.read_u32(event), Ok(EVENT_TRANSPORT_RESET));
+    // What it still sends on one of them is answered by a reset, and new ones work.
+    guest.data(port, 1, b"x");
+    assert_eq!(guest.expect(OP_RST).0.src_port, port);
+    guest.connected(&ports);
+}
+
+#[test]
 fn one_writer_without_credit_stalls_nobody_else() {
     let (mut guest, ports) = Guest::start();
     let (mut stuck, _) = guest.connected(&ports);
@@ -718,6 +740,7 @@ fn a_pause_keeps_connections() {
             .collect(),
         signal: Arc::new(crate::Signal::new(Arc::clone(&raised) as Arc<dyn crate::Interrupt>)),
         kept: None,
+        restored: false,
     };
     for n in 0..4_u64 {
         queues[RX].submit(&[], &[Span::new(Gpa(RX_BUFFERS + n * 4096), 4096)]).expect("free");
