@@ -1,7 +1,11 @@
 //! The control word of a running machine: what its vCPU threads are to do.
 //!
 //! ```text
-//! running ──end()──▶ ended
+//!         resume()
+//! paused ──────────▶ running ──end()──▶ ended
+//!   ▲                  │ │                ▲
+//!   └──────────────────┘ └────────────────┘
+//!         pause()          end(), from anywhere
 //! ```
 //!
 //! A vCPU thread looks at the word after each exit. Whoever changes it kicks every vCPU, so nothing waits in a poll.
@@ -14,8 +18,9 @@ use kiln_control::EndReason;
 use kiln_hypervisor::Kick;
 use rustix::event::{EventfdFlags, eventfd};
 
-const RUNNING: u32 = 0;
-const ENDED: u32 = 1;
+const PAUSED: u32 = 0;
+const RUNNING: u32 = 1;
+const ENDED: u32 = 2;
 
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,15 +41,34 @@ pub(crate) struct Control<K> {
 }
 
 impl<K: Kick> Control<K> {
-    /// A running machine's control word; `kicks` are those of all its vCPUs.
+    /// A paused machine's control word; `kicks` are those of all its vCPUs.
     pub(crate) fn new(kicks: Vec<K>) -> std::io::Result<Self> {
         let ended = eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Self { word: AtomicU32::new(RUNNING), end: Mutex::new(None), kicks, ended })
+        Ok(Self { word: AtomicU32::new(PAUSED), end: Mutex::new(None), kicks, ended })
     }
 
-    /// Whether the vCPU that asks may go on.
-    pub(crate) fn is_running(&self) -> bool {
-        self.word.load(Ordering::Acquire) == RUNNING
+    /// Whether the machine has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.word.load(Ordering::Acquire) == ENDED
+    }
+
+    /// Whether vCPUs are to rest.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.word.load(Ordering::Acquire) == PAUSED
+    }
+
+    /// Tells every vCPU to rest; false when the machine does not run.
+    pub(crate) fn pause(&self) -> bool {
+        let paused = self.word.compare_exchange(RUNNING, PAUSED, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        if paused {
+            self.kicks.iter().for_each(Kick::kick);
+        }
+        paused
+    }
+
+    /// Lets vCPUs run. One that has ended stays so.
+    pub(crate) fn resume(&self) {
+        let _ = self.word.compare_exchange(PAUSED, RUNNING, Ordering::SeqCst, Ordering::SeqCst);
     }
 
     /// Ends the machine. The first end counts.

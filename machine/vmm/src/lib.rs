@@ -5,6 +5,9 @@
 //! memory, local     kernel, initramfs, tables          devices,             how it ended
 //! APICs, vCPUs      in guest memory                    a thread a vCPU
 //! ```
+//!
+//! A running machine can be [paused](Machine::pause), and what is [saved](Paused::save) of it
+//! [restored](Paused::restore) in another shell: there it goes on at the same instruction.
 #![forbid(unsafe_code)]
 
 pub mod boot;
@@ -17,11 +20,14 @@ mod host;
 pub mod layout;
 mod machine;
 pub mod monitor;
+mod paused;
 mod shell;
 
 pub use clock::{Nanoseconds, monotonic};
 pub use console::Console;
 pub use control::End;
+pub use devices::{DeviceError, DevicesState, IoapicState, SerialState};
 pub use host::is_pvm;
 pub use machine::{Machine, Notice, Observer, StartError};
+pub use paused::{MachineState, Paused, RestoreError, SaveError};
 pub use shell::{MAX_MEMORY_MIB, MIN_MEMORY_MIB, Shape, ShapeError, Shell, ShellError};

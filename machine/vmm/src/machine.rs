@@ -6,15 +6,17 @@ use std::thread::JoinHandle;
 
 use kiln_control::EndReason;
 use kiln_hypervisor::{Exit, Hypervisor, Msi, Vcpu, Vm};
+use kiln_memory::GuestMemory;
 use kiln_virtio::Device;
 
 use crate::boot::EntryState;
 use crate::clock::{Nanoseconds, monotonic};
-use crate::console::Console;
+use crate::console::{Console, ConsoleInput};
 use crate::control::{Control, End};
 use crate::devices::{Devices, Effect, Ioapic, power};
-use crate::shell::Shell;
-use crate::{host, layout};
+use crate::host;
+use crate::paused::Paused;
+use crate::shell::{Shape, Shell};
 
 /// What the guest kernel prints when it gives up. Linux `kernel/panic.c`.
 const PANIC_LINE: &[u8] = b"Kernel panic - not syncing";
@@ -31,20 +33,23 @@ pub enum Notice {
 /// Told of each [`Notice`], on the vCPU thread it happens on; it should not take long.
 pub type Observer = Box<dyn Fn(Notice) + Send + Sync>;
 
-type Kick<H> = <<<H as Hypervisor>::Vm as Vm>::Vcpu as Vcpu>::Kick;
+pub(crate) type VcpuOf<H> = <<H as Hypervisor>::Vm as Vm>::Vcpu;
+type Kick<H> = <VcpuOf<H> as Vcpu>::Kick;
 
 /// A running machine. Dropping it ends it.
 pub struct Machine<H: Hypervisor> {
-    // The threads share the devices; the machine keeps what is needed to end them.
-    control: Arc<Control<Kick<H>>>,
-    threads: Vec<JoinHandle<()>>,
+    pub(crate) shared: Arc<Shared<Kick<H>>>,
+    threads: Vec<JoinHandle<Option<VcpuOf<H>>>>,
     console: Console,
+    pub(crate) vm: Arc<H::Vm>,
+    pub(crate) memory: GuestMemory,
+    pub(crate) shape: Shape,
 }
 
 /// What all vCPU threads of a machine share.
-struct Shared<K> {
-    control: Arc<Control<K>>,
-    devices: Devices,
+pub(crate) struct Shared<K> {
+    pub(crate) control: Arc<Control<K>>,
+    pub(crate) devices: Devices,
     observer: Observer,
 }
 
@@ -62,35 +67,41 @@ impl<H: Hypervisor> Machine<H> {
         virtio: Vec<Box<dyn Device>>,
         observer: Observer,
     ) -> Result<Self, StartError> {
-        assert!(virtio.len() <= layout::MAX_VIRTIO_DEVICES, "the caller counts its devices");
-        let Shell { vm, mut vcpus, memory, shape } = shell;
-        if let Some(first) = vcpus.first_mut() {
+        let mut paused = Paused::assemble(shell, console, observer, |ioapic, memory, console| {
+            Ok::<_, StartError>(Devices::new(console, ioapic, memory, virtio))
+        })?;
+        if let Some(first) = paused.vcpus.first_mut() {
             entry.apply(first)?;
         }
-        let control = Arc::new(Control::new(vcpus.iter().map(Vcpu::kick).collect())?);
-        let ioapic = Ioapic::new(shape.vcpus(), deliver(vm, Arc::clone(&control)));
-        let devices = Devices::new(console.input(), ioapic, &memory, virtio);
-        let shared = Arc::new(Shared { control: Arc::clone(&control), devices, observer });
+        (paused.machine.shared.observer)(Notice::Entered(monotonic()));
+        Ok(paused.resume()?)
+    }
 
-        let mut machine = Self { control, threads: Vec::with_capacity(vcpus.len()), console };
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu {index}"))
-                .spawn(move || shared.run(index, vcpu))?;
-            machine.threads.push(thread);
+    /// Stops every vCPU between two instructions, and every device between two requests.
+    ///
+    /// # Errors
+    /// The machine itself when it has ended meanwhile.
+    pub fn pause(mut self) -> Result<Paused<H>, Self> {
+        if !self.shared.control.pause() {
+            return Err(self);
         }
-        Ok(machine)
+        let vcpus: Vec<_> =
+            self.threads.drain(..).filter_map(|thread| thread.join().ok().flatten()).collect();
+        if vcpus.len() != usize::from(self.shape.vcpus()) {
+            return Err(self);
+        }
+        self.shared.devices.pause();
+        Ok(Paused { machine: self, vcpus })
     }
 
     /// Readable once the machine has ended.
     pub fn ended_fd(&self) -> BorrowedFd<'_> {
-        self.control.ended_fd()
+        self.shared.control.ended_fd()
     }
 
     /// Ends the machine at once, as pulling the plug would.
     pub fn stop(&self) {
-        self.control.end(EndReason::Stopped, "");
+        self.shared.control.end(EndReason::Stopped, "");
     }
 
     /// Waits until the machine has ended and its devices have stopped. Says how it ended.
@@ -101,7 +112,7 @@ impl<H: Hypervisor> Machine<H> {
         }
         self.console.close();
         let mut end =
-            self.control.ended().unwrap_or(End { reason: EndReason::Stopped, detail: String::new() });
+            self.shared.control.ended().unwrap_or(End { reason: EndReason::Stopped, detail: String::new() });
         let may_be_panic = matches!(end.reason, EndReason::Reset | EndReason::Crash | EndReason::PowerOff);
         if may_be_panic && self.console.contains(PANIC_LINE) {
             end.reason = EndReason::Panic;
@@ -116,6 +127,44 @@ impl<H: Hypervisor> Drop for Machine<H> {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+    }
+}
+
+impl<H: Hypervisor> Paused<H> {
+    /// A machine of the parts of `shell` with the devices that `devices` makes, its vCPUs at rest.
+    ///
+    /// # Errors
+    /// What `devices` says, or the host when it has no descriptor left.
+    pub(crate) fn assemble<E: From<std::io::Error>>(
+        shell: Shell<H>,
+        console: Console,
+        observer: Observer,
+        devices: impl FnOnce(Ioapic, &GuestMemory, ConsoleInput) -> Result<Devices, E>,
+    ) -> Result<Self, E> {
+        let Shell { vm, vcpus, memory, shape } = shell;
+        let control = Arc::new(Control::new(vcpus.iter().map(Vcpu::kick).collect())?);
+        let ioapic = Ioapic::new(shape.vcpus(), deliver(Arc::clone(&vm), Arc::clone(&control)));
+        let devices = devices(ioapic, &memory, console.input())?;
+        let shared = Arc::new(Shared { control, devices, observer });
+        Ok(Self { machine: Machine { shared, threads: Vec::new(), console, vm, memory, shape }, vcpus })
+    }
+
+    /// Lets the machine go on where it stopped.
+    ///
+    /// # Errors
+    /// What the host says when it has no thread left; the machine has ended then.
+    pub fn resume(self) -> std::io::Result<Machine<H>> {
+        let Self { mut machine, vcpus } = self;
+        machine.shared.devices.resume();
+        machine.shared.control.resume();
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let shared = Arc::clone(&machine.shared);
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu {index}"))
+                .spawn(move || shared.run(index, vcpu))?;
+            machine.threads.push(thread);
+        }
+        Ok(machine)
     }
 }
 
@@ -143,13 +192,10 @@ fn deliver<V: Vm, K: kiln_hypervisor::Kick>(
 }
 
 impl<K: kiln_hypervisor::Kick> Shared<K> {
-    /// The life of one vCPU thread.
-    fn run(&self, index: usize, mut vcpu: impl Vcpu<Kick = K>) {
+    /// The life of one vCPU thread. The vCPU is given back, at rest, when the machine is paused.
+    fn run<V: Vcpu<Kick = K>>(&self, index: usize, mut vcpu: V) -> Option<V> {
         let _guard = EndOnPanic(&self.control);
-        if index == 0 {
-            (self.observer)(Notice::Entered(monotonic()));
-        }
-        while self.control.is_running() {
+        while !self.control.has_ended() {
             let effect = match vcpu.run() {
                 Ok(Exit::PortWrite { port, data }) => self.devices.write_port(port, data),
                 Ok(Exit::PortRead { port, data }) => {
@@ -161,12 +207,17 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
                     self.devices.read_memory(gpa, data);
                     Effect::None
                 }
+                Ok(Exit::Kicked) if self.control.is_paused() => return Some(vcpu),
                 Ok(Exit::Kicked) => Effect::None,
                 Ok(other) => {
                     let cause = crash(&other);
-                    return self.crashed(index, &vcpu, &cause);
+                    self.crashed(index, &vcpu, &cause);
+                    return None;
                 }
-                Err(error) => return self.crashed(index, &vcpu, &error.to_string()),
+                Err(error) => {
+                    self.crashed(index, &vcpu, &error.to_string());
+                    return None;
+                }
             };
             match effect {
                 Effect::None => {}
@@ -174,6 +225,7 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
                 Effect::Power(request) => self.serve(request),
             }
         }
+        None
     }
 
     /// Does what the guest asked for through the power page.
@@ -230,7 +282,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::shell::Shape;
+    use crate::layout;
 
     fn start(scripted: &Scripted, vcpus: u32, observer: Observer) -> Machine<Scripted> {
         let shell = Shell::create(scripted, Shape::new(64, vcpus).expect("a shape")).expect("a shell");

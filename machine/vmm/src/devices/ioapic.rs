@@ -35,24 +35,43 @@ const DELIVERY_LOWEST_PRIORITY: u64 = 1;
 
 /// The I/O APIC of one machine, shared by its vCPUs and its devices.
 pub(crate) struct Ioapic {
-    registers: Mutex<Registers>,
+    registers: Mutex<IoapicState>,
     send: Box<dyn Fn(Msi) + Send + Sync>,
 }
 
-#[derive(Clone, Debug)]
-struct Registers {
-    select: u8,
-    id: u8,
-    redirections: [u64; PINS],
-    /// Pins with an edge that waits for its mask to go.
-    waiting: u32,
+/// The registers of the I/O APIC, and what they remember.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IoapicState {
+    /// The register the guest reads and writes.
+    pub select: u8,
+    /// Its id.
+    pub id: u8,
+    /// Where each pin's interrupts go.
+    pub redirections: [u64; PINS],
+    /// Pins with an edge that waits for its mask to go, a bit each.
+    pub waiting: u32,
 }
 
 impl Ioapic {
     /// An I/O APIC with all pins masked, which delivers through `send`.
     pub(crate) fn new(id: u8, send: impl Fn(Msi) + Send + Sync + 'static) -> Self {
-        let registers = Registers { select: 0, id: id & 0x0f, redirections: [MASKED; PINS], waiting: 0 };
+        let registers = IoapicState { select: 0, id: id & 0x0f, redirections: [MASKED; PINS], waiting: 0 };
         Self { registers: Mutex::new(registers), send: Box::new(send) }
+    }
+
+    /// Becomes what was saved, as far as a guest can bring it about.
+    pub(crate) fn restore(&self, state: &IoapicState) {
+        *self.lock() = IoapicState {
+            id: state.id & 0x0f,
+            redirections: state.redirections.map(|redirection| redirection & WRITABLE),
+            waiting: state.waiting & ((1 << PINS) - 1),
+            ..*state
+        };
+    }
+
+    /// What it is.
+    pub(crate) fn save(&self) -> IoapicState {
+        *self.lock()
     }
 
     /// A device's line rises.
@@ -93,12 +112,12 @@ impl Ioapic {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Registers> {
+    fn lock(&self) -> MutexGuard<'_, IoapicState> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Registers {
+impl IoapicState {
     fn selected(&self) -> u32 {
         match self.select {
             INDEX_ID | INDEX_ARBITRATION => u32::from(self.id) << 24,

@@ -10,13 +10,15 @@ mod serial;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_memory::{Gpa, GuestMemory};
-use kiln_virtio::{Device, Interrupt, Transport};
+use kiln_virtio::{Device, Interrupt, RestoreError, Transport, TransportState};
 
 use crate::console::ConsoleInput;
 use crate::layout;
 
 pub(crate) use ioapic::Ioapic;
+pub use ioapic::IoapicState;
 use serial::Serial;
+pub use serial::SerialState;
 
 /// The keyboard controller's command and status port; Kiln has no keyboard, but this is how a PC resets itself.
 const KEYBOARD_COMMAND: u16 = 0x64;
@@ -44,6 +46,39 @@ pub(crate) struct Devices {
     transports: Vec<Transport>,
 }
 
+/// What the devices of a paused machine are, what is behind them apart.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DevicesState {
+    /// The serial port.
+    pub serial: SerialState,
+    /// The I/O APIC.
+    pub ioapic: IoapicState,
+    /// The virtio devices in order.
+    pub virtio: Vec<TransportState>,
+}
+
+/// A device cannot be restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// There are more or fewer than were saved.
+    #[error("{found} virtio devices where {expected} were saved")]
+    Count {
+        /// How many were saved.
+        expected: usize,
+        /// How many there are.
+        found: usize,
+    },
+    /// The saved state of one is not one it can have.
+    #[error("virtio device {index}: {why}")]
+    Virtio {
+        /// Which one.
+        index: usize,
+        /// Why.
+        #[source]
+        why: RestoreError,
+    },
+}
+
 impl Devices {
     /// The legacy devices and one transport for each of `virtio`, which must be at most
     /// [`layout::MAX_VIRTIO_DEVICES`].
@@ -53,15 +88,60 @@ impl Devices {
         memory: &GuestMemory,
         virtio: Vec<Box<dyn Device>>,
     ) -> Self {
+        assert!(virtio.len() <= layout::MAX_VIRTIO_DEVICES, "the caller counts its devices");
         let ioapic = Arc::new(ioapic);
         let transports = (layout::VIRTIO_PIN..)
             .zip(virtio)
-            .map(|(pin, device)| {
-                let line = Arc::new(Line { ioapic: Arc::clone(&ioapic), pin });
-                Transport::new(device, memory.clone(), line)
-            })
+            .map(|(pin, device)| Transport::new(device, memory.clone(), Line::new(&ioapic, pin)))
             .collect();
         Self { serial: Mutex::default(), console, ioapic, transports }
+    }
+
+    /// The devices as they were saved, paused, with `virtio` in the places of those that were.
+    pub(crate) fn restore(
+        console: ConsoleInput,
+        ioapic: Ioapic,
+        memory: &GuestMemory,
+        virtio: Vec<Box<dyn Device>>,
+        state: &DevicesState,
+    ) -> Result<Self, DeviceError> {
+        let (expected, found) = (state.virtio.len(), virtio.len());
+        if expected != found || found > layout::MAX_VIRTIO_DEVICES {
+            return Err(DeviceError::Count { expected, found });
+        }
+        ioapic.restore(&state.ioapic);
+        let ioapic = Arc::new(ioapic);
+        let transports = virtio.into_iter().zip(&state.virtio).enumerate().map(|(index, (device, saved))| {
+            let line = Line::new(&ioapic, layout::VIRTIO_PIN + index as u8);
+            Transport::restore(device, memory.clone(), line, saved)
+                .map_err(|why| DeviceError::Virtio { index, why })
+        });
+        let transports = transports.collect::<Result<_, _>>()?;
+        Ok(Self { serial: Mutex::new(Serial::restore(&state.serial)), console, ioapic, transports })
+    }
+
+    /// Stops all devices; the vCPUs rest.
+    pub(crate) fn pause(&self) {
+        self.transports.iter().for_each(Transport::pause);
+    }
+
+    /// Lets paused devices go on.
+    pub(crate) fn resume(&self) {
+        self.transports.iter().for_each(Transport::resume);
+    }
+
+    /// What the paused devices are.
+    ///
+    /// # Errors
+    /// The virtio device that has requests in flight.
+    pub(crate) fn save(&self) -> Result<DevicesState, usize> {
+        let virtio =
+            self.transports.iter().enumerate().map(|(index, transport)| transport.save().ok_or(index));
+        Ok(DevicesState {
+            virtio: virtio.collect::<Result<_, _>>()?,
+            serial: self.serial().save(),
+            ioapic: self.ioapic.save(),
+        })
     }
 
     /// The guest writes `data` to `port`; a string instruction writes several elements at once.
@@ -165,6 +245,12 @@ enum Window<'a> {
 struct Line {
     ioapic: Arc<Ioapic>,
     pin: u8,
+}
+
+impl Line {
+    fn new(ioapic: &Arc<Ioapic>, pin: u8) -> Arc<Self> {
+        Arc::new(Self { ioapic: Arc::clone(ioapic), pin })
+    }
 }
 
 impl Interrupt for Line {

@@ -39,33 +39,55 @@ pub(crate) struct Effect {
     pub(crate) interrupt: bool,
 }
 
-/// The registers.
-#[derive(Clone, Debug, Default)]
+/// The port.
+#[derive(Debug, Default)]
 pub(crate) struct Serial {
-    divisor: [u8; 2],
-    interrupt_enable: u8,
-    fifo: bool,
-    line_control: u8,
-    modem_control: u8,
-    scratch: u8,
+    registers: SerialState,
+}
+
+/// The registers of the serial port, and what they remember.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SerialState {
+    /// The rate, low byte first.
+    pub divisor: [u8; 2],
+    /// Which interrupts the guest wants.
+    pub interrupt_enable: u8,
+    /// The queues are on.
+    pub fifo: bool,
+    /// The line control register.
+    pub line_control: u8,
+    /// The modem control register.
+    pub modem_control: u8,
+    /// The scratch register.
+    pub scratch: u8,
     /// The transmitter became empty and nobody has read the interrupt's identity since.
-    transmitter_pending: bool,
+    pub transmitter_pending: bool,
 }
 
 impl Serial {
+    /// The port as it was saved: any state is one a guest can bring about.
+    pub(crate) fn restore(state: &SerialState) -> Self {
+        Self { registers: *state }
+    }
+
+    /// What it is.
+    pub(crate) fn save(&self) -> SerialState {
+        self.registers
+    }
+
     /// The guest reads the register at `offset` from [`PORT`].
     pub(crate) fn read(&mut self, offset: u16) -> u8 {
         match offset {
-            DATA if self.latched() => self.divisor[0],
-            INTERRUPT_ENABLE if self.latched() => self.divisor[1],
-            INTERRUPT_ENABLE => self.interrupt_enable,
+            DATA if self.latched() => self.registers.divisor[0],
+            INTERRUPT_ENABLE if self.latched() => self.registers.divisor[1],
+            INTERRUPT_ENABLE => self.registers.interrupt_enable,
             INTERRUPT_IDENTITY => self.identify(),
-            LINE_CONTROL => self.line_control,
-            MODEM_CONTROL => self.modem_control,
+            LINE_CONTROL => self.registers.line_control,
+            MODEM_CONTROL => self.registers.modem_control,
             LINE_STATUS => TRANSMITTER_IDLE,
-            MODEM_STATUS if self.modem_control & LOOP != 0 => self.looped_status(),
+            MODEM_STATUS if self.registers.modem_control & LOOP != 0 => self.looped_status(),
             MODEM_STATUS => LINE_UP,
-            SCRATCH => self.scratch,
+            SCRATCH => self.registers.scratch,
             _ => 0,
         }
     }
@@ -73,25 +95,25 @@ impl Serial {
     /// The guest writes the register at `offset` from [`PORT`].
     pub(crate) fn write(&mut self, offset: u16, value: u8) -> Effect {
         match offset {
-            DATA if self.latched() => self.divisor[0] = value,
-            INTERRUPT_ENABLE if self.latched() => self.divisor[1] = value,
+            DATA if self.latched() => self.registers.divisor[0] = value,
+            INTERRUPT_ENABLE if self.latched() => self.registers.divisor[1] = value,
             DATA => {
-                let output = (self.modem_control & LOOP == 0).then_some(value);
+                let output = (self.registers.modem_control & LOOP == 0).then_some(value);
                 return Effect { output, interrupt: self.transmitter_emptied() };
             }
             INTERRUPT_ENABLE => {
-                let was_enabled = self.interrupt_enable & ENABLE_TRANSMITTER_EMPTY != 0;
-                self.interrupt_enable = value & ENABLE_MASK;
-                if self.interrupt_enable & ENABLE_TRANSMITTER_EMPTY == 0 {
-                    self.transmitter_pending = false;
+                let was_enabled = self.registers.interrupt_enable & ENABLE_TRANSMITTER_EMPTY != 0;
+                self.registers.interrupt_enable = value & ENABLE_MASK;
+                if self.registers.interrupt_enable & ENABLE_TRANSMITTER_EMPTY == 0 {
+                    self.registers.transmitter_pending = false;
                 } else if !was_enabled {
                     return Effect { output: None, interrupt: self.transmitter_emptied() };
                 }
             }
-            INTERRUPT_IDENTITY => self.fifo = value & FIFO_ENABLE != 0,
-            LINE_CONTROL => self.line_control = value,
-            MODEM_CONTROL => self.modem_control = value,
-            SCRATCH => self.scratch = value,
+            INTERRUPT_IDENTITY => self.registers.fifo = value & FIFO_ENABLE != 0,
+            LINE_CONTROL => self.registers.line_control = value,
+            MODEM_CONTROL => self.registers.modem_control = value,
+            SCRATCH => self.registers.scratch = value,
             _ => {}
         }
         Effect::default()
@@ -99,28 +121,29 @@ impl Serial {
 
     /// The transmitter has nothing left to send. Says whether the interrupt line rose for it.
     fn transmitter_emptied(&mut self) -> bool {
-        let rises = self.interrupt_enable & ENABLE_TRANSMITTER_EMPTY != 0 && !self.transmitter_pending;
-        self.transmitter_pending |= rises;
+        let rises = self.registers.interrupt_enable & ENABLE_TRANSMITTER_EMPTY != 0
+            && !self.registers.transmitter_pending;
+        self.registers.transmitter_pending |= rises;
         rises
     }
 
     /// Reading the identity of the transmitter's interrupt ends it.
     fn identify(&mut self) -> u8 {
-        let identity = if std::mem::take(&mut self.transmitter_pending) {
+        let identity = if std::mem::take(&mut self.registers.transmitter_pending) {
             IDENTITY_TRANSMITTER_EMPTY
         } else {
             IDENTITY_NONE
         };
-        identity | if self.fifo { IDENTITY_FIFO } else { 0 }
+        identity | if self.registers.fifo { IDENTITY_FIFO } else { 0 }
     }
 
     fn latched(&self) -> bool {
-        self.line_control & DIVISOR_LATCH != 0
+        self.registers.line_control & DIVISOR_LATCH != 0
     }
 
     /// In loop-back the modem's inputs are its outputs: RTS → CTS, DTR → DSR, OUT1 → RI, OUT2 → DCD.
     fn looped_status(&self) -> u8 {
-        let control = self.modem_control;
+        let control = self.registers.modem_control;
         (control & 2) << 3 | (control & 1) << 5 | (control & 4) << 4 | (control & 8) << 4
     }
 }

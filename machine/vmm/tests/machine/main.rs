@@ -8,4 +8,5 @@ mod guest;
 mod kernel_files;
 mod linux;
 mod monitor;
+mod snapshot;
 mod start;

@@ -1,0 +1,111 @@
+//! A machine that stands still: what can be saved, and what a saved one becomes.
+
+use kiln_hypervisor::{Hypervisor, Vcpu, VcpuState, Vm};
+use kiln_memory::GuestMemory;
+use kiln_virtio::Device;
+
+use crate::console::Console;
+use crate::devices::{DeviceError, Devices, DevicesState};
+use crate::machine::{Machine, Observer, VcpuOf};
+use crate::shell::{Shape, Shell};
+
+/// A machine between two instructions. Dropping it ends it.
+pub struct Paused<H: Hypervisor> {
+    pub(crate) machine: Machine<H>,
+    pub(crate) vcpus: Vec<VcpuOf<H>>,
+}
+
+/// Everything a paused machine is, its memory and the files and sockets behind its devices apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineState {
+    /// How large it is.
+    pub shape: Shape,
+    /// The guest's clock in nanoseconds since it was made.
+    pub clock_ns: u64,
+    /// Its vCPUs in order.
+    pub vcpus: Vec<VcpuState>,
+    /// Its devices.
+    pub devices: DevicesState,
+}
+
+/// A paused machine cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The hypervisor does not say what a part of it is.
+    #[error(transparent)]
+    Hypervisor(#[from] kiln_hypervisor::Error),
+    /// A device still works on something. Kiln is to blame.
+    #[error("device {0} has requests in flight")]
+    InFlight(usize),
+}
+
+/// A saved machine cannot be restored. Whoever chose what it is restored from, or into, is to blame, unless it is the host.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The shell is of another size.
+    #[error("a machine of {expected:?} cannot be restored into one of {found:?}")]
+    Shape {
+        /// What was saved.
+        expected: Shape,
+        /// What there is.
+        found: Shape,
+    },
+    /// There is not one saved state for each vCPU.
+    #[error("{0} saved vCPUs")]
+    Vcpus(usize),
+    /// A device is not the one that was saved.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The hypervisor refuses a part of the state.
+    #[error(transparent)]
+    Hypervisor(#[from] kiln_hypervisor::Error),
+    /// The host has no descriptor left.
+    #[error("cannot make the machine's devices")]
+    Host(#[from] std::io::Error),
+}
+
+impl<H: Hypervisor> Paused<H> {
+    /// The guest's memory, which stands still too.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.machine.memory
+    }
+
+    /// Everything but the memory.
+    ///
+    /// # Errors
+    /// [`SaveError`]
+    pub fn save(&mut self) -> Result<MachineState, SaveError> {
+        let clock_ns = self.machine.vm.clock_ns()?;
+        let vcpus = self.vcpus.iter_mut().map(Vcpu::save).collect::<Result<_, _>>()?;
+        let devices = self.machine.shared.devices.save().map_err(SaveError::InFlight)?;
+        Ok(MachineState { shape: self.machine.shape, clock_ns, vcpus, devices })
+    }
+
+    /// Makes of `shell`, whose memory has what was saved, the machine that `state` describes. `virtio` are devices like its own,
+    /// in the same order.
+    ///
+    /// # Errors
+    /// [`RestoreError`]
+    pub fn restore(
+        shell: Shell<H>,
+        state: &MachineState,
+        console: Console,
+        virtio: Vec<Box<dyn Device>>,
+        observer: Observer,
+    ) -> Result<Self, RestoreError> {
+        if shell.shape() != state.shape {
+            return Err(RestoreError::Shape { expected: state.shape, found: shell.shape() });
+        }
+        if state.vcpus.len() != usize::from(state.shape.vcpus()) {
+            return Err(RestoreError::Vcpus(state.vcpus.len()));
+        }
+        let mut paused = Self::assemble(shell, console, observer, |ioapic, memory, console| {
+            Devices::restore(console, ioapic, memory, virtio, &state.devices).map_err(RestoreError::Device)
+        })?;
+        paused.machine.vm.set_clock_ns(state.clock_ns)?;
+        for (vcpu, state) in paused.vcpus.iter_mut().zip(&state.vcpus) {
+            vcpu.restore(state)?;
+        }
+        Ok(paused)
+    }
+}
