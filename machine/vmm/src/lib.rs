@@ -21,6 +21,7 @@ pub mod layout;
 mod machine;
 pub mod monitor;
 mod paused;
+mod saved;
 mod shell;
 
 pub use clock::{Nanoseconds, monotonic};
@@ -30,4 +31,5 @@ pub use devices::{DeviceError, DevicesState, IoapicState, SerialState};
 pub use host::is_pvm;
 pub use machine::{Machine, Notice, Observer, StartError};
 pub use paused::{MachineState, Paused, RestoreError, SaveError};
+pub use saved::SectionError;
 pub use shell::{MAX_MEMORY_MIB, MIN_MEMORY_MIB, Shape, ShapeError, Shell, ShellError};

@@ -34,7 +34,7 @@ const UNRESTRICTED_GUEST: &str = "/sys/module/kvm_intel/parameters/unrestricted_
 /// The host's KVM.
 #[derive(Debug)]
 pub struct Kvm {
-    kvm: kvm_ioctls::Kvm,
+    device: kvm_ioctls::Kvm,
     /// Machines need [`TSS_ADDRESS`]. It is a hidden memory slot, and a second slot waits for milliseconds, so it is
     /// not given to those that do not.
     needs_tss: bool,
@@ -61,22 +61,22 @@ impl Kvm {
     /// # Errors
     /// [`Error::Open`]
     pub fn open_unchecked() -> Result<Self, Error> {
-        let kvm =
+        let device =
             kvm_ioctls::Kvm::new().map_err(|errno| Error::Open { path: DEVICE, source: errno.into() })?;
         kick::install_handler();
         let needs_tss = std::fs::read(UNRESTRICTED_GUEST).is_ok_and(|value| value.starts_with(b"N"));
-        let msrs = kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
-        Ok(Self { needs_tss, msrs: msrs.as_slice().into(), kvm })
+        let msrs = device.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(Self { needs_tss, msrs: msrs.as_slice().into(), device })
     }
 
     /// What [`crate::REQUIREMENTS`] names and this KVM does not have.
     pub fn missing(&self) -> Vec<&'static crate::Requirement> {
-        requirements::missing(|number| self.kvm.check_extension_raw(number.into()) > 0)
+        requirements::missing(|number| self.device.check_extension_raw(number.into()) > 0)
     }
 
     /// The version of the interface, [`Kvm::expected_api_version`] on every Linux since 2.6.22.
     pub fn api_version(&self) -> i32 {
-        self.kvm.get_api_version()
+        self.device.get_api_version()
     }
 
     /// The version Kiln is written for.
@@ -86,7 +86,7 @@ impl Kvm {
 
     /// The most vCPUs this KVM gives one machine.
     pub fn max_vcpus(&self) -> usize {
-        self.kvm.get_max_vcpus()
+        self.device.get_max_vcpus()
     }
 }
 
@@ -94,8 +94,10 @@ impl Hypervisor for Kvm {
     type Vm = KvmVm;
 
     fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
-        let cpuid =
-            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let cpuid = self
+            .device
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
         let mut entries: Vec<_> = cpuid.as_slice().iter().map(CpuidEntry::from).collect();
         completion::complete_cpuid(&mut entries);
         Ok(entries)
@@ -103,7 +105,7 @@ impl Hypervisor for Kvm {
 
     fn create_vm(&self) -> Result<KvmVm, Error> {
         let vm = loop {
-            match self.kvm.create_vm() {
+            match self.device.create_vm() {
                 // A signal can interrupt the creation; nothing was made then.
                 Err(errno) if errno.errno() == libc::EINTR => {}
                 other => break other.map_err(call("KVM_CREATE_VM"))?,

@@ -117,7 +117,7 @@ impl Devices {
                 .map_err(|why| DeviceError::Virtio { index, why })
         });
         let transports = transports.collect::<Result<_, _>>()?;
-        Ok(Self { serial: Mutex::new(Serial::restore(&state.serial)), console, ioapic, transports })
+        Ok(Self { serial: Mutex::new(Serial::restore(state.serial)), console, ioapic, transports })
     }
 
     /// Stops all devices; the vCPUs rest.

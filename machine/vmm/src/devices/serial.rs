@@ -66,8 +66,8 @@ pub struct SerialState {
 
 impl Serial {
     /// The port as it was saved: any state is one a guest can bring about.
-    pub(crate) fn restore(state: &SerialState) -> Self {
-        Self { registers: *state }
+    pub(crate) fn restore(state: SerialState) -> Self {
+        Self { registers: state }
     }
 
     /// What it is.

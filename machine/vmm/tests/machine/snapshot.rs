@@ -5,6 +5,8 @@ use std::sync::mpsc::Receiver;
 use kiln_control::EndReason;
 use kiln_hypervisor::Kvm;
 use kiln_memory::Gpa;
+use kiln_snapshot::Header;
+use kiln_support::digest::Digest;
 use kiln_virtio::{Device, Rng};
 use kiln_vmm::{Console, Machine, MachineState, Observer, Paused, RestoreError, Shape, Shell, boot};
 
@@ -63,10 +65,29 @@ fn paused(machine: Machine<Kvm>) -> Paused<Kvm> {
 
 /// Another machine with what `paused` has.
 fn copy(paused: &mut Paused<Kvm>, console: &Console) -> Result<Paused<Kvm>, RestoreError> {
-    let state = paused.save().expect("saved");
+    let state = through_a_file(&paused.save().expect("saved"));
     let memory = tempfile::tempfile().expect("a file");
     paused.memory().save(&memory).expect("saved");
     restore(&state, &memory, console)
+}
+
+/// What a snapshot's file makes of `state`.
+fn through_a_file(state: &MachineState) -> MachineState {
+    let none = Digest::EMPTY;
+    let header = Header {
+        memory_bytes: u64::from(state.shape.memory_mib()) << 20,
+        vcpus: state.shape.vcpus().into(),
+        vmm: "0".into(),
+        cpu: none,
+        kernel: none,
+        initramfs: none,
+        memory: none,
+    };
+    let mut file = Vec::new();
+    kiln_snapshot::write(&header, &state.to_sections(), &mut file).expect("written");
+    let (read, sections) = kiln_snapshot::read(&mut &file[..]).expect("read");
+    assert_eq!(read, header);
+    MachineState::from_sections(&sections).expect("a machine")
 }
 
 fn restore(
