@@ -53,7 +53,8 @@ fn machine(in_use: u64) -> (KvmVm, KvmVcpu, GuestMemory) {
         write_u64(IDT + vector * 16, handler | 0x8 << 16 | 0x8e00 << 32);
     }
     for level in 0..3 {
-        write_u64(TABLES + level * 0x1000, TABLES + (level + 1) * 0x1000 | PRESENT | WRITABLE | MARKED);
+        let next = TABLES + (level + 1) * 0x1000;
+        write_u64(TABLES + level * 0x1000, next | PRESENT | WRITABLE | MARKED);
     }
     for page in 0..0x100 {
         write_u64(LEAF_TABLE + page * 8, page << 12 | PRESENT | WRITABLE | MARKED);
