@@ -3,6 +3,9 @@
 //! Each test is a guest program twice over: machine code for a backend that executes, the exits it causes for one that
 //! replays. The KVM half needs a readable and writable /dev/kvm and fails without one.
 
+#[path = "contract/xsave.rs"]
+mod xsave;
+
 use std::sync::Arc;
 use std::thread;
 

@@ -15,6 +15,7 @@ const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_SGX: u32 = 0x12;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_HYPERVISOR: u32 = 0x4000_0000;
+const LEAF_HYPERVISOR_FEATURES: u32 = 0x4000_0001;
 const LEAF_HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
 const LEAF_POWER: u32 = 0x8000_0007;
@@ -39,6 +40,11 @@ const ECX_AMD_PERFCTR: u32 = 1 << 23;
 const ECX_AMD_PERFCTR_NB: u32 = 1 << 24;
 const ECX_AMD_PERFCTR_LLC: u32 = 1 << 28;
 
+/// What a guest kernel does by hypercall: waking a vCPU, interrupting several, giving way to one.
+const EAX_KVM_HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
+/// TLB flushes that leave out vCPUs which do not run; the guest learns that with steal time, which it is told not to use.
+const EAX_KVM_PV_TLB_FLUSH: u32 = 1 << 9;
+
 /// The core-type number of a topology level.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -47,14 +53,27 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 
 /// The leaves vCPU `index` of `vcpus` gets, from those KVM supports.
 ///
-/// `tsc_khz` is the guest's time stamp counter's rate.
-pub(crate) fn for_vcpu(supported: &[CpuidEntry], index: u8, vcpus: u8, tsc_khz: u32) -> Vec<CpuidEntry> {
+/// `tsc_khz` is the guest's time stamp counter's rate. `on_pvm` says that guest kernels are emulated here: KVM's emulator
+/// then meets a hypercall by writing the right one over it, at an address that a kernel protects from being written, so
+/// that the guest gets a page fault in the middle of an interrupt to others. Nothing that takes hypercalls is offered.
+pub(crate) fn for_vcpu(
+    supported: &[CpuidEntry],
+    index: u8,
+    vcpus: u8,
+    tsc_khz: u32,
+    on_pvm: bool,
+) -> Vec<CpuidEntry> {
     let topology = Topology { id: index.into(), count: vcpus.into() };
     let mut leaves: Vec<CpuidEntry> = supported
         .iter()
         .filter(|entry| !is_rewritten(entry.leaf))
         .map(|entry| adjusted(*entry, topology))
         .collect();
+    if on_pvm {
+        for entry in leaves.iter_mut().filter(|entry| entry.leaf == LEAF_HYPERVISOR_FEATURES) {
+            entry.eax &= !(EAX_KVM_HYPERCALLS | EAX_KVM_PV_TLB_FLUSH);
+        }
+    }
     if supported.iter().any(|entry| entry.leaf == LEAF_TOPOLOGY) {
         leaves.extend(topology.leaves());
     }
@@ -182,7 +201,7 @@ mod tests {
     fn each_vcpu_reads_its_own_id_everywhere() {
         let supported = [leaf(1, 0, [0; 4]), leaf(0xb, 0, [0; 4]), leaf(LEAF_AMD_TOPOLOGY, 0, [9, 9, 9, 9])];
         for id in 0..5 {
-            let leaves = for_vcpu(&supported, id, 5, 1);
+            let leaves = for_vcpu(&supported, id, 5, 1, false);
             assert_eq!(find(&leaves, 1)[0].ebx >> 24, u32::from(id));
             assert!(find(&leaves, 0xb).iter().all(|entry| entry.edx == u32::from(id)));
             assert_eq!(find(&leaves, LEAF_AMD_TOPOLOGY)[0].eax, u32::from(id));
@@ -191,7 +210,7 @@ mod tests {
 
     #[test]
     fn five_cores_need_three_bits() {
-        let leaves = for_vcpu(&[leaf(0xb, 0, [0; 4])], 0, 5, 1);
+        let leaves = for_vcpu(&[leaf(0xb, 0, [0; 4])], 0, 5, 1, false);
         let levels = find(&leaves, 0xb);
         assert_eq!((levels[1].eax, levels[1].ebx), (3, 5));
         assert_eq!(levels[2].ebx, 0);
@@ -205,7 +224,7 @@ mod tests {
             leaf(LEAF_AMD_FEATURES, 0, [u32::MAX; 4]),
             leaf(LEAF_AMD_SVM, 0, [u32::MAX; 4]),
         ];
-        let leaves = for_vcpu(&supported, 0, 1, 1);
+        let leaves = for_vcpu(&supported, 0, 1, 1, false);
         assert_eq!(find(&leaves, 1)[0].ecx & ECX1_VMX, 0);
         assert_eq!(find(&leaves, LEAF_AMD_FEATURES)[0].ecx & ECX_AMD_SVM, 0);
         assert!(find(&leaves, 0xa).is_empty());
@@ -214,8 +233,17 @@ mod tests {
 
     #[test]
     fn the_hypervisor_says_how_fast_the_clock_is() {
-        let leaves = for_vcpu(&[leaf(LEAF_HYPERVISOR, 0, [LEAF_HYPERVISOR + 1, 0, 0, 0])], 0, 1, 2_345_678);
+        let leaves =
+            for_vcpu(&[leaf(LEAF_HYPERVISOR, 0, [LEAF_HYPERVISOR + 1, 0, 0, 0])], 0, 1, 2_345_678, false);
         assert_eq!(find(&leaves, LEAF_HYPERVISOR)[0].eax, LEAF_HYPERVISOR_TIMING);
         assert_eq!(find(&leaves, LEAF_HYPERVISOR_TIMING)[0].eax, 2_345_678);
+    }
+
+    #[test]
+    fn no_hypercall_is_offered_where_guest_kernels_are_emulated() {
+        let supported = [leaf(LEAF_HYPERVISOR_FEATURES, 0, [0x0100_7efb, 0, 0, 0])];
+        let features = |on_pvm| find(&for_vcpu(&supported, 0, 2, 1, on_pvm), LEAF_HYPERVISOR_FEATURES)[0].eax;
+        assert_eq!(features(false), 0x0100_7efb);
+        assert_eq!(features(true), 0x0100_547b);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use kiln_hypervisor::{Error, Hypervisor, MAX_VCPUS, Vcpu, Vm};
 use kiln_memory::{GuestMemory, MapError};
 
-use crate::{boot, cpuid};
+use crate::{boot, cpuid, host};
 
 /// The least guest memory, in MiB.
 pub const MIN_MEMORY_MIB: u32 = 64;
@@ -108,7 +108,8 @@ impl<H: Hypervisor> Shell<H> {
     fn identify_vcpus(&mut self, hypervisor: &H) -> Result<(), Error> {
         let supported = hypervisor.supported_cpuid()?;
         for (index, vcpu) in (0..).zip(&mut self.vcpus) {
-            let leaves = cpuid::for_vcpu(&supported, index, self.shape.vcpus, vcpu.tsc_khz()?);
+            let tsc_khz = vcpu.tsc_khz()?;
+            let leaves = cpuid::for_vcpu(&supported, index, self.shape.vcpus, tsc_khz, host::is_pvm());
             vcpu.set_cpuid(&leaves)?;
             vcpu.set_msrs(&boot::initial_msrs())?;
         }
