@@ -1,4 +1,4 @@
-//! What Kiln costs, beside what else there is: `cargo xtask bench boot|pull|rootfs|io [--runs N] [--json FILE]`.
+//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|pull|rootfs|io [--runs N] [--json FILE]`.
 //!
 //! Both sides of a comparison are interleaved in one run, because machines are shared and noisy; each figure says what
 //! clock it is by its name. A missing input is a failure.
@@ -10,6 +10,7 @@ mod host;
 mod io;
 mod pull;
 mod report;
+mod restore;
 mod rootfs;
 
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ use anyhow::{Context as _, Result, bail};
 
 use report::Report;
 
-const USAGE: &str = "usage: cargo xtask bench boot|pull|rootfs|io [--runs N] [--json FILE]";
+const USAGE: &str = "usage: cargo xtask bench boot|restore|pull|rootfs|io [--runs N] [--json FILE]";
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -35,6 +36,7 @@ fn main() -> Result<()> {
     let mut report = Report::new(&name);
     match name.as_str() {
         "boot" => boot::run(&mut report, runs.unwrap_or(20))?,
+        "restore" => restore::run(&mut report, runs.unwrap_or(50))?,
         "pull" => pull::run(&mut report, runs.unwrap_or(10))?,
         "rootfs" => rootfs::run(&mut report, runs.unwrap_or(10))?,
         "io" => io::run(&mut report, runs.unwrap_or(20))?,

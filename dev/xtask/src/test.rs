@@ -126,8 +126,10 @@ pub(crate) fn probe() -> Result<PathBuf> {
 
 /// Runs a benchmark: `boot|pull|rootfs|io [--json FILE]`.
 pub(crate) fn bench(args: &[String]) -> Result<()> {
-    let kiln = release::build(&release::guest_dir()?)?;
-    let environment: [(&str, &Path); 2] = [("KILN", &kiln), ("KILN_PROBE", &probe()?)];
+    let guest = release::guest_dir()?;
+    let kiln = release::build(&guest)?;
+    let environment: [(&str, &Path); 3] =
+        [("KILN", &kiln), ("KILN_PROBE", &probe()?), ("KILN_TEST_GUEST", &guest)];
     let mut bench = process::cargo(["run", "--quiet", "--release", "--package", "kiln-bench", "--"]);
     process::run(bench.args(args).envs(environment))
 }

@@ -14,6 +14,7 @@ mod images;
 mod lifetime;
 mod machine;
 mod nasty;
+mod restore;
 mod signals;
 mod streams;
 mod terminal;

@@ -1,0 +1,181 @@
+//! Kiln's own guest in this process: booted, saved, restored, and asked who it is.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use kiln_hypervisor::Kvm;
+use kiln_protocol::frame::{self, Kind};
+use kiln_protocol::{AGENT_PORT, Call, Hello, Request, power};
+use kiln_snapshot::Header;
+use kiln_support::digest::Digest;
+use kiln_virtio::{Device, Rng, Vsock, VsockPorts};
+use kiln_vmm::{Console, Machine, MachineState, Notice, Observer, Paused, Shape, Shell, boot};
+use rustix::fs::{MemfdFlags, SealFlags};
+
+/// How long a guest may take to boot or to answer. It stops a test that hangs.
+const PATIENCE: Duration = Duration::from_mins(3);
+const CID: u64 = 3;
+const CONSOLE_TAIL_BYTES: usize = 4096;
+
+/// A guest that runs.
+pub struct Guest {
+    machine: Machine<Kvm>,
+    ports: VsockPorts,
+    console: Console,
+}
+
+/// A guest that was saved.
+pub struct Saved {
+    snapshot: Vec<u8>,
+    memory: File,
+    /// How long it took to take its state.
+    pub state_took: Duration,
+    /// How long it took to copy its memory.
+    pub memory_took: Duration,
+    /// How much memory it has touched, in bytes.
+    pub memory_bytes: u64,
+}
+
+/// Where the time of a restore went.
+#[derive(Clone, Copy, Debug)]
+pub struct Restored {
+    /// To a machine without a guest.
+    pub shell: Duration,
+    /// From there to a machine about to run.
+    pub state: Duration,
+    /// From there to all vCPUs running.
+    pub resume: Duration,
+}
+
+impl Guest {
+    /// Boots the kernel and the agent in `folder` and waits until the agent listens.
+    ///
+    /// # Errors
+    /// When the guest does not get there; with its last words.
+    pub fn boot(folder: &Path, memory_mib: u32, vcpus: u32) -> Result<Self> {
+        let open = |name: &str| {
+            File::open(folder.join(name)).with_context(|| format!("{} in {}", name, folder.display()))
+        };
+        let shape = Shape::new(memory_mib, vcpus)?;
+        let shell = Shell::create(&Kvm::open()?, shape)?;
+        let kernel = boot::load_kernel(shell.memory(), &open("vmlinux")?)?;
+        let (devices, ports) = devices();
+        let initramfs = open("initramfs.cpio")?;
+        let entry = boot::prepare(shell.memory(), &kernel, Some(&initramfs), shape, devices.len(), "")?;
+        let console = Console::new(None)?;
+        let (sender, rung) = mpsc::channel();
+        let observer: Observer = Box::new(move |notice| {
+            if let Notice::Doorbell(phase, _) = notice {
+                // Nobody listens once the agent does.
+                let _ = sender.send(phase);
+            }
+        });
+        let machine = Machine::start(shell, &entry, console.clone(), devices, observer)?;
+        let guest = Self { machine, ports, console };
+        let end = Instant::now() + PATIENCE;
+        while rung.recv_timeout(end - Instant::now()).map_err(|_| guest.lost("it does not boot"))?
+            != power::PHASE_LISTENING
+        {}
+        Ok(guest)
+    }
+
+    /// Asks the agent who it is.
+    ///
+    /// # Errors
+    /// When there is no answer, or not one to this question.
+    pub fn hello(&self) -> Result<()> {
+        let (mut ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(PATIENCE))?;
+        self.ports.connect(AGENT_PORT, OwnedFd::from(theirs))?;
+        let mut request = Vec::new();
+        frame::append_message(&mut request, Kind::Request, &Request { call: Some(Call::Hello(Hello {})) });
+        ours.write_all(&request)?;
+        let mut header = [0; frame::HEADER_BYTES];
+        ours.read_exact(&mut header)
+            .map_err(|error| self.lost(&format!("the agent does not answer: {error}")))?;
+        let (kind, bytes) = frame::parse_header(header)?;
+        let mut reply = vec![0; bytes];
+        ours.read_exact(&mut reply)?;
+        if kind != Kind::Reply {
+            bail!("a frame of kind {kind:?} where the agent's reply should be");
+        }
+        Ok(())
+    }
+
+    /// Pauses the guest, saves it, and lets it go on.
+    ///
+    /// # Errors
+    /// When it has ended, or cannot be saved.
+    pub fn save(self) -> Result<(Saved, Self)> {
+        let Self { machine, ports, console } = self;
+        let start = Instant::now();
+        let mut paused =
+            machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
+        let state = paused.save()?;
+        let state_took = start.elapsed();
+        let start = Instant::now();
+        let memory =
+            File::from(rustix::fs::memfd_create("memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+        paused.memory().save(&memory)?;
+        rustix::fs::fcntl_add_seals(&memory, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW)?;
+        let memory_took = start.elapsed();
+        let memory_bytes = std::os::unix::fs::MetadataExt::blocks(&memory.metadata()?) * 512;
+        let mut snapshot = Vec::new();
+        kiln_snapshot::write(&header(&state), &state.to_sections(), &mut snapshot)?;
+        let machine = paused.resume()?;
+        Ok((
+            Saved { snapshot, memory, state_took, memory_took, memory_bytes },
+            Self { machine, ports, console },
+        ))
+    }
+
+    fn lost(&self, what: &str) -> anyhow::Error {
+        let console = self.console.tail(CONSOLE_TAIL_BYTES);
+        anyhow!("{what}; its last words:\n{}", String::from_utf8_lossy(&console))
+    }
+}
+
+impl Saved {
+    /// A guest that goes on where this one was saved.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn restore(&self) -> Result<(Guest, Restored)> {
+        let start = Instant::now();
+        let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
+        let state = MachineState::from_sections(&sections)?;
+        let shell = Shell::create(&Kvm::open()?, state.shape)?;
+        let shell_made = Instant::now();
+        shell.memory().overlay(&self.memory)?;
+        let (devices, ports) = devices();
+        let console = Console::new(None)?;
+        let paused = Paused::restore(shell, &state, console.clone(), devices, Box::new(|_| {}))?;
+        let ready = Instant::now();
+        let machine = paused.resume()?;
+        let took = Restored { shell: shell_made - start, state: ready - shell_made, resume: ready.elapsed() };
+        Ok((Guest { machine, ports, console }, took))
+    }
+}
+
+fn devices() -> (Vec<Box<dyn Device>>, VsockPorts) {
+    let (vsock, ports) = Vsock::new(CID);
+    (vec![Box::new(vsock), Box::new(Rng::new())], ports)
+}
+
+fn header(state: &MachineState) -> Header {
+    Header {
+        memory_bytes: u64::from(state.shape.memory_mib()) << 20,
+        vcpus: state.shape.vcpus().into(),
+        vmm: env!("CARGO_PKG_VERSION").into(),
+        cpu: Digest::EMPTY,
+        kernel: Digest::EMPTY,
+        initramfs: Digest::EMPTY,
+        memory: Digest::EMPTY,
+    }
+}
