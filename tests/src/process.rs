@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// How long any process of a test may take. It stops a test that hangs; no test is about time.
-const LIMIT: Duration = Duration::from_mins(7);
+const LIMIT: Duration = Duration::from_mins(15);
 
 /// How a program ended and what it wrote.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
 
 /// How long anything on a terminal may take before the test fails.
-const LIMIT: Timespec = Timespec { tv_sec: 420, tv_nsec: 0 };
+const LIMIT: Timespec = Timespec { tv_sec: 900, tv_nsec: 0 };
 
 /// A program on a terminal.
 #[derive(Debug)]
