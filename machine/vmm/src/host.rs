@@ -2,19 +2,15 @@
 
 use std::path::Path;
 
-/// What the guest kernel must leave alone where its kernel mode is emulated, and why it costs nothing elsewhere to leave
-/// it on: the parameters are only given on such a host.
+/// What the guest kernel is told where its kernel mode is emulated. `interpreted` is a parameter of Kiln's kernel
+/// (`guest/kernel/patches/*-x86-interpreted.patch`); others ignore it.
 ///
-/// KVM's emulator knows neither POPCNT, CMPXCHG16B nor BMI; string moves cost it per byte, so ERMS and FSRM are hidden to
-/// make the kernel copy by words; SMAP's instructions only add to the count. Of XSAVE's family the hypervisor crate
-/// completes the two plain ones, which the kernel uses when it sees none of the others. A tick can take longer than the
-/// time to the next, so ticks are stretched (a parameter of Kiln's kernel; others ignore it), and neither asynchronous
-/// page faults nor steal time add to them. Processors are started one after the other: started together, they spend the
-/// host's processors on waiting for each other. What takes seconds there is no stall.
-pub(crate) const PVM_COMMAND_LINE: &str = "clearcpuid=popcnt,cx16,erms,fsrm,smap,bmi1,bmi2,\
-                                           xsaveopt,xsavec,xgetbv1,xsaves cpuhp.parallel=0 \
-                                           tick_stretch=5 no-kvmapf no-steal-acc \
-                                           rcupdate.rcu_cpu_stall_suppress=1";
+/// It hides what KVM's emulator does not know: POPCNT, CMPXCHG16B, BMI, and of XSAVE's family all but the two plain ones,
+/// which the hypervisor crate completes; and what costs more there than it brings: string moves by the byte, SMAP,
+/// asynchronous page faults, steal time, most ticks, messages of the boot that nobody sees. Processors are started one
+/// after the other: started together, they spend the host's processors on waiting for each other. What takes seconds there
+/// is no stall.
+pub(crate) const PVM_COMMAND_LINE: &str = "interpreted cpuhp.parallel=0 rcupdate.rcu_cpu_stall_suppress=1";
 
 /// Whether KVM here runs without hardware virtualization (a PVM host): guest user mode runs natively, guest kernel mode
 /// in KVM's emulator.
