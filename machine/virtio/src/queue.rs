@@ -356,6 +356,23 @@ impl Queue {
         Ok(self.waiting(memory)? > 0)
     }
 
+    /// Asks the driver for a notification when it publishes more than waits now, which is left waiting, and says how much
+    /// that is.
+    ///
+    /// # Errors
+    /// [`Broken::AvailableIndex`] when the available index is impossible.
+    pub fn enable_kicks_past_waiting(&mut self, memory: &GuestMemory) -> Result<u16, Broken> {
+        let waiting = self.waiting(memory)?;
+        if self.event_idx {
+            let next = self.next_available.wrapping_add(waiting);
+            memory.store_u16(self.available_event(), next, Ordering::Relaxed)?;
+        } else {
+            memory.store_u16(self.layout.used, 0, Ordering::Relaxed)?;
+        }
+        fence(Ordering::SeqCst);
+        Ok(waiting)
+    }
+
     /// Tells the driver that notifications are not needed for now. It may send some all the same.
     ///
     /// With `VIRTIO_F_EVENT_IDX` there is nothing to write: the threshold it passed stays behind it.

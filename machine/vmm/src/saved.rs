@@ -478,7 +478,9 @@ struct TransportMessage {
     interrupt_status: u32,
     #[prost(uint32, tag = "9")]
     config_generation: u32,
-    #[prost(message, repeated, tag = "10")]
+    #[prost(bool, tag = "10")]
+    kept: bool,
+    #[prost(message, repeated, tag = "11")]
     queues: Vec<QueueMessage>,
 }
 
@@ -511,6 +513,7 @@ impl From<&TransportState> for TransportMessage {
             queue_sel: state.queue_sel,
             interrupt_status: state.interrupt_status,
             config_generation: state.config_generation,
+            kept: state.kept,
             queues: state.queues.iter().map(Into::into).collect(),
         }
     }
@@ -528,6 +531,7 @@ impl TransportMessage {
             queue_sel: self.queue_sel,
             interrupt_status: self.interrupt_status,
             config_generation: self.config_generation,
+            kept: self.kept,
             queues: self.queues.iter().map(QueueMessage::state).collect(),
         }
     }
@@ -642,6 +646,7 @@ mod tests {
             status: 15,
             driver_features: u64::MAX,
             interrupt_status: 1,
+            kept: true,
             queues: vec![queue, QueueState::default()],
             ..TransportState::default()
         };

@@ -31,6 +31,8 @@ pub struct TransportState {
     pub interrupt_status: u32,
     /// How often the configuration changed.
     pub config_generation: u32,
+    /// The device kept something for its driver that is not saved, open connections for one.
+    pub kept: bool,
     /// All queues of the device.
     pub queues: Vec<QueueState>,
 }
@@ -133,6 +135,7 @@ impl State {
             queue_sel: self.queue_sel,
             interrupt_status: self.signal.interrupt_status(),
             config_generation: self.signal.config_generation(),
+            kept: self.held.as_ref().is_some_and(|session| session.kept.is_some() || session.restored),
             queues,
         })
     }
@@ -173,7 +176,7 @@ impl State {
                 queues,
                 signal: Arc::clone(&self.signal),
                 kept: None,
-                restored: true,
+                restored: saved.kept,
             });
         }
         self.signal.restore(saved.interrupt_status, saved.config_generation, saved.needs_reset);
@@ -243,6 +246,9 @@ mod tests {
                 queue_sel: words[2],
                 interrupt_status: words[3],
                 config_generation: words[4],
+                kept: status == 15
+                    && words[0] % 2 == 0
+                    && queues.iter().all(|queue| queue.progress.is_some()),
                 queues,
             },
         )

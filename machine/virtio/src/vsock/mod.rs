@@ -151,10 +151,6 @@ impl Device for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn start(&mut self, mut session: Session) -> io::Result<()> {
-        if std::mem::take(&mut session.restored) {
-            // A driver that breaks its queue here is found out by the thread.
-            let _ = tell_reset(&mut session);
-        }
         // A session that was stopped and kept has its connections still.
         let muxer = match session.kept.take().and_then(|kept| kept.downcast::<Muxer>().ok()) {
             Some(muxer) => muxer,
@@ -204,7 +200,7 @@ fn lock(host: &Mutex<HostSide>) -> MutexGuard<'_, HostSide> {
 
 fn run(mut session: Session, mut muxer: Box<Muxer>, bell: &Bell, host: &Mutex<HostSide>) -> Session {
     match serve(&mut session, &mut muxer, bell, host) {
-        Ok(()) => session.kept = Some(muxer),
+        Ok(()) => session.kept = (!muxer.is_idle()).then_some(muxer),
         Err(broken) => {
             lock(host).close();
             session.signal.broken(broken);
@@ -245,13 +241,18 @@ impl Stepped {
 }
 
 /// Tells the driver that all its connections are gone. VIRTIO 1.2 §5.10.6.7 "Device Events".
-fn tell_reset(session: &mut Session) -> Result<(), Broken> {
+///
+/// It resets every connection it then has, so there must be no new one before it has heard. That is when it gives the
+/// event's buffer back: when more of them wait than the number returned. `None` when it gave none to tell it by.
+fn tell_reset(session: &mut Session) -> Result<Option<u16>, Broken> {
     let Session { memory, queues, .. } = &mut *session;
-    let Some(events) = queues.get_mut(EVENT_QUEUE) else { return Ok(()) };
-    let Some(chain) = events.pop(memory)? else { return Ok(()) };
+    let events = &mut queues[EVENT_QUEUE];
+    let Some(chain) = events.pop(memory)? else { return Ok(None) };
     let written = memory.slices(chain.writable())?.copy_from(&EVENT_TRANSPORT_RESET.to_le_bytes());
+    let waiting = events.enable_kicks_past_waiting(memory)?;
     events.push(memory, chain, written as u32)?;
-    session.interrupt_if_wanted()
+    session.interrupt_if_wanted()?;
+    Ok(Some(waiting))
 }
 
 /// Moves streams until told to stop.
@@ -261,6 +262,7 @@ fn serve(
     bell: &Bell,
     host: &Mutex<HostSide>,
 ) -> Result<(), Broken> {
+    let mut unheard = if std::mem::take(&mut session.restored) { tell_reset(session)? } else { None };
     let mut accept = |port: u32| lock(host).listeners.get_mut(&port).and_then(|open| open().ok());
     // The first turn asks for kicks.
     let mut more = true;
@@ -270,7 +272,14 @@ fn serve(
         if reasons & Bell::STOP != 0 {
             return Ok(());
         }
-        if reasons & Bell::HOST != 0 {
+        let mut ready = unheard.is_none() && reasons & Bell::HOST != 0;
+        if let Some(before) = unheard
+            && session.queues[EVENT_QUEUE].waiting(&session.memory)? > before
+        {
+            unheard = None;
+            ready = true;
+        }
+        if ready {
             let connects = std::mem::take(&mut lock(host).connects);
             for (port, socket) in connects {
                 muxer.connect(port, socket);

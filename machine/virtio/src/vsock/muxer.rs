@@ -288,6 +288,11 @@ impl Muxer {
         self.insert(connection)
     }
 
+    /// Whether it holds nothing that the guest or the host would miss.
+    pub(super) fn is_idle(&self) -> bool {
+        self.resets.is_empty() && self.slots.iter().all(|slot| slot.connection.is_none())
+    }
+
     fn is_full(&self) -> bool {
         self.free.is_empty() && self.slots.len() >= MAX_CONNECTIONS
     }

@@ -507,12 +507,34 @@ fn a_restored_guest_hears_that_its_connections_are_gone() {
     let (memory, line) = (guest.driver.memory.clone(), guest.driver.raised.clone());
     guest.driver.transport = Transport::restore(Box::new(device), memory, line, &saved).expect("restored");
     guest.driver.transport.resume();
+    let (mut new, device) = UnixStream::pair().expect("a socket pair");
+    new.write_all(b"new").expect("written");
+    ports.connect(1024, device.into()).expect("running");
     assert_eq!(guest.driver.wait_used(EVENT_QUEUE), (0, 4));
     assert_eq!(guest.driver.memory.read_u32(event), Ok(EVENT_TRANSPORT_RESET));
-    // What it still sends on one of them is answered by a reset, and new ones work.
+    // What it still sends on one of them is answered by a reset. A new one waits until it has heard of the event.
     guest.data(port, 1, b"x");
     assert_eq!(guest.expect(OP_RST).0.src_port, port);
+    guest.driver.queues[EVENT_QUEUE].submit(&[], &[Span::new(event, 4)]).expect("free");
+    guest.driver.kick(EVENT_QUEUE as u32);
+    guest.accept(1024);
+    assert_eq!(guest.read_data(3), b"new");
+}
+
+#[test]
+fn a_restored_guest_without_connections_hears_nothing() {
+    let (mut guest, _ports) = Guest::start();
+    let event = Gpa(TX_BUFFERS + 0x8000);
+    guest.driver.queues[EVENT_QUEUE].submit(&[], &[Span::new(event, 4)]).expect("free");
+    guest.driver.transport.pause();
+    let saved = guest.driver.transport.save().expect("nothing is in flight");
+    assert!(!saved.kept);
+    let (device, ports) = Vsock::new(CID);
+    let (memory, line) = (guest.driver.memory.clone(), guest.driver.raised.clone());
+    guest.driver.transport = Transport::restore(Box::new(device), memory, line, &saved).expect("restored");
+    guest.driver.transport.resume();
     guest.connected(&ports);
+    assert_eq!(guest.driver.queues[EVENT_QUEUE].take_used(), None);
 }
 
 #[test]
