@@ -121,19 +121,26 @@ impl Session {
             if line == text {
                 return;
             }
-            if line.is_empty() {
-                let mut stderr = String::new();
-                let _ = self.child.kill();
-                let _ = self.stderr.take().expect("not taken").read_to_string(&mut stderr);
-                panic!("output ended before {text:?}: {before:?}\n{stderr}");
-            }
+            assert!(!line.is_empty(), "output ended before {text:?}: {before:?}\n{}", self.stop());
             before.push(line);
         }
     }
 
-    /// Reads exactly so many bytes of output.
+    /// Reads exactly so many bytes of output; a failure shows what came on stderr.
+    #[track_caller]
     pub fn read_exact(&mut self, buffer: &mut [u8]) {
-        self.stdout.read_exact(buffer).expect("so much output");
+        if let Err(error) = self.stdout.read_exact(buffer) {
+            panic!("output ended early: {error}\n{}", self.stop());
+        }
+    }
+
+    /// Ends it, and returns what it wrote to stderr.
+    fn stop(&mut self) -> String {
+        let mut stderr = String::new();
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.stderr.take().expect("not taken").read_to_string(&mut stderr);
+        stderr
     }
 
     /// Writes to its stdin.
