@@ -8,7 +8,6 @@
 //! (s6, runit) run, and when it ends the kernel ends all others. A guest that outlives its commands asks for a reaper
 //! instead, as with `docker run --init`.
 
-use alloc::format;
 use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -351,6 +350,8 @@ fn give(stream: &OwnedFd, uid: Uid) -> Result<(), Errno> {
 
 #[cfg(test)]
 mod tests {
+    use alloc::format;
+
     use super::*;
 
     fn status(blocked: u64, ignored: u64, caught: u64) -> String {
