@@ -56,7 +56,7 @@ pub(crate) struct Shared<K> {
 impl<H: Hypervisor> Machine<H> {
     /// Starts the guest in `shell` at `entry`.
     ///
-    /// `virtio` are its devices in the order of their windows, at most [`layout::MAX_VIRTIO_DEVICES`].
+    /// `virtio` are its devices in the order of their windows, at most [`MAX_VIRTIO_DEVICES`](crate::layout::MAX_VIRTIO_DEVICES).
     ///
     /// # Errors
     /// What the host says when it has no thread or descriptor left, or the hypervisor refuses the entry state.

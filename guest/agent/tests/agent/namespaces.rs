@@ -69,7 +69,7 @@ fn the_exit_signal_is_reported() {
 #[test]
 fn a_signal_reaches_the_whole_group() {
     let guest = Guest::with_reaper();
-    let script = "sh -c 'trap \"echo child; exit\" TERM; echo ready; while :; do sleep 0.1; done' & trap 'wait; echo parent; exit 5' TERM; wait";
+    let script = "trap 'wait; echo parent; exit 5' TERM; sh -c 'trap \"echo child; exit\" TERM; echo ready; while :; do sleep 0.1; done' & wait";
     let mut stream = guest.start(sh(script));
     stream.read_until("ready");
     stream.signal(SIGTERM);
