@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use kiln_tests::{busybox, is_hardware_style, run, script};
 
 #[test]
-#[ignore = "does not pass yet where guest kernels are emulated: docs/known-gaps.md; the rig runs it"]
 fn sixteen_processors_are_all_used() {
     let script_text =
         "nproc; for cpu in $(seq 0 15); do taskset $((1 << cpu)) true || echo \"cpu $cpu\"; done";

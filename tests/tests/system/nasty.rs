@@ -137,7 +137,6 @@ fn images_of_every_kind_run() {
 }
 
 #[test]
-#[ignore = "does not pass yet where guest kernels are emulated: docs/known-gaps.md; the rig runs it"]
 fn interpreters_run() {
     use kiln_testkit::image::{node, python};
     run(&[], &python().expect("the image"), &["python3", "-c", "print(sum(range(101)))"]).prints("5050\n");
