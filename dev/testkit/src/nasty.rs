@@ -74,7 +74,8 @@ pub fn deletions() -> Result<Image> {
 pub fn deep() -> Result<Image> {
     let layers: Vec<Tar> = (1..LAYERS)
         .map(|layer| {
-            let tar = Tar::new().with(&Entry::file(format!("t/{layer}"), format!("layer {layer}")));
+            let tar = if layer == 1 { Tar::new().with(&Entry::dir("t/")) } else { Tar::new() };
+            let tar = tar.with(&Entry::file(format!("t/{layer}"), format!("layer {layer}")));
             if layer > 1 && !layer.is_multiple_of(10) {
                 return tar.with(&Entry::marker(format!("t/.wh.{}", layer - 1)));
             }
