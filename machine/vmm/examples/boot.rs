@@ -10,13 +10,14 @@
 use std::collections::HashMap;
 use std::error::Error;
 use std::fs::{File, OpenOptions};
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
-use std::sync::mpsc;
 
 use kiln_hypervisor::Kvm;
 use kiln_virtio::{Block, DataFile, Device, Disk, Extent, Rng, Vsock};
 use kiln_vmm::{Console, Machine, Nanoseconds, Notice, Shape, Shell, boot, monotonic};
+use rustix::event::{PollFd, PollFlags, poll};
 
 fn main() -> ExitCode {
     let start = monotonic();
@@ -64,19 +65,22 @@ fn run(start: Nanoseconds) -> Result<(), Box<dyn Error>> {
     report(start, "kernel loaded");
 
     let console = Console::new(Some(std::io::stdout().as_fd().try_clone_to_owned()?))?;
-    let (phases, rung) = mpsc::channel();
+    let stop_at = number("--stop-at-phase", u32::MAX)?;
+    let (rung, bell) = std::io::pipe()?;
     let observer = Box::new(move |notice| match notice {
         Notice::Entered(_) => report(start, "guest entered"),
         Notice::Doorbell(phase, _) => {
             report(start, &format!("doorbell, phase {phase}"));
-            // Nobody listens once the phase to stop at was reached.
-            let _ = phases.send(phase);
+            if phase == stop_at {
+                let _ = (&bell).write(&[1]);
+            }
         }
     });
     let machine = Machine::start(shell, &entry, console, devices, observer)?;
-    let stop_at = number("--stop-at-phase", u32::MAX)?;
-    // Ends without the phase when the machine does: its threads drop the sender.
-    if rung.iter().any(|phase| phase == stop_at) {
+    let mut fds =
+        [PollFd::new(&rung, PollFlags::IN), PollFd::from_borrowed_fd(machine.ended_fd(), PollFlags::IN)];
+    poll(&mut fds, None)?;
+    if !fds[0].revents().is_empty() {
         machine.stop();
     }
     let (end, _) = machine.wait();
