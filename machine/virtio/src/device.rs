@@ -70,8 +70,10 @@ pub struct Session {
     pub signal: Arc<Signal>,
     /// What the device itself keeps while it is stopped, open connections for one; `None` in a fresh session.
     pub kept: Option<Box<dyn Any + Send>>,
-    /// The driver worked with a device of another machine before: what that one kept is gone.
+    /// The driver worked with a device of another machine before.
     pub restored: bool,
+    /// What that one kept is gone, and the driver has not been told.
+    pub lost: bool,
 }
 
 impl Session {

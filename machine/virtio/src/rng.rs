@@ -167,6 +167,7 @@ mod tests {
                 signal,
                 kept: None,
                 restored: false,
+                lost: false,
             };
             device.start(session).expect("started");
             device.stop().expect("was running")

@@ -285,6 +285,7 @@ impl State {
             signal: Arc::clone(&self.signal),
             kept: None,
             restored: false,
+            lost: false,
         };
         self.device.start(session).map_err(|error| Broken::Host(error.kind()))
     }

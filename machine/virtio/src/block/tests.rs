@@ -566,6 +566,7 @@ fn a_stopped_disk_goes_on_where_it_was() {
         signal: Arc::new(crate::Signal::new(Arc::clone(&raised) as Arc<dyn crate::Interrupt>)),
         kept: None,
         restored: false,
+        lost: false,
     });
     memory.write(HEADER, &[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).expect("RAM");
     let mut answered = 0;

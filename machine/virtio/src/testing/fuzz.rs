@@ -85,6 +85,7 @@ pub fn fuzz_vsock(bytes: &[u8]) {
         signal: Arc::new(Signal::new(Arc::new(Raised::default()) as Arc<dyn Interrupt>)),
         kept: None,
         restored: false,
+        lost: false,
     };
     let mut device = vsock::Stepped::new(3).expect("an epoll descriptor");
     let mut ends = Vec::new();

@@ -135,7 +135,7 @@ impl State {
             queue_sel: self.queue_sel,
             interrupt_status: self.signal.interrupt_status(),
             config_generation: self.signal.config_generation(),
-            kept: self.held.as_ref().is_some_and(|session| session.kept.is_some() || session.restored),
+            kept: self.held.as_ref().is_some_and(|session| session.kept.is_some() || session.lost),
             queues,
         })
     }
@@ -176,7 +176,8 @@ impl State {
                 queues,
                 signal: Arc::clone(&self.signal),
                 kept: None,
-                restored: saved.kept,
+                restored: true,
+                lost: saved.kept,
             });
         }
         self.signal.restore(saved.interrupt_status, saved.config_generation, saved.needs_reset);

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use self::muxer::Muxer;
 use crate::bell::Bell;
@@ -154,7 +155,7 @@ impl Device for Vsock {
         // A session that was stopped and kept has its connections still.
         let muxer = match session.kept.take().and_then(|kept| kept.downcast::<Muxer>().ok()) {
             Some(muxer) => muxer,
-            None => Box::new(Muxer::new(self.guest_cid)?),
+            None => Box::new(Muxer::new(self.guest_cid, if session.restored { any_port()? } else { 0 })?),
         };
         let bell = Arc::new(Bell::new()?);
         muxer.watch_bell(&*bell)?;
@@ -184,6 +185,14 @@ impl Drop for Vsock {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// Where the ports of a restored guest's device begin. It may still know a connection of the machine it was saved in, closed
+/// but not forgotten, and refuses another between the same ports.
+fn any_port() -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    getrandom(&mut bytes[..], GetRandomFlags::empty())?;
+    Ok(u32::from_le_bytes(bytes))
 }
 
 impl HostSide {
@@ -216,7 +225,7 @@ pub(crate) struct Stepped(Muxer);
 #[cfg(any(test, feature = "testing"))]
 impl Stepped {
     pub(crate) fn new(guest_cid: u64) -> io::Result<Self> {
-        Muxer::new(guest_cid).map(Self)
+        Muxer::new(guest_cid, 0).map(Self)
     }
 
     pub(crate) fn connect(&mut self, guest_port: u32, socket: OwnedFd) {
@@ -262,7 +271,7 @@ fn serve(
     bell: &Bell,
     host: &Mutex<HostSide>,
 ) -> Result<(), Broken> {
-    let mut unheard = if std::mem::take(&mut session.restored) { tell_reset(session)? } else { None };
+    let mut unheard = if std::mem::take(&mut session.lost) { tell_reset(session)? } else { None };
     let mut accept = |port: u32| lock(host).listeners.get_mut(&port).and_then(|open| open().ok());
     // The first turn asks for kicks.
     let mut more = true;

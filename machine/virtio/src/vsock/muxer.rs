@@ -55,7 +55,8 @@ struct Slot {
 }
 
 impl Muxer {
-    pub(super) fn new(guest_cid: u64) -> io::Result<Self> {
+    /// A muxer whose connections from the host begin at `first_port`, or at the first ephemeral one.
+    pub(super) fn new(guest_cid: u64, first_port: u32) -> io::Result<Self> {
         Ok(Self {
             guest_cid,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
@@ -64,7 +65,7 @@ impl Muxer {
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-            next_port: FIRST_EPHEMERAL_PORT,
+            next_port: first_port.max(FIRST_EPHEMERAL_PORT),
         })
     }
 
