@@ -9,6 +9,7 @@ mod vcpu;
 mod xstate;
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use kiln_memory::GuestMemory;
@@ -28,6 +29,9 @@ const DEVICE: &str = "/dev/kvm";
 const API_VERSION: i32 = 12;
 /// Three pages below 4 GiB that KVM needs on Intel processors that cannot run real mode; no RAM is there.
 const TSS_ADDRESS: usize = 0xfffb_d000;
+/// Registers of an interface that guests are not offered, among them clocks that never stand still. Hypervisor Top Level
+/// Functional Specification 6.0b, appendix B "MSRs".
+const HYPERV_MSRS: RangeInclusive<u32> = 0x4000_0000..=0x4000_0fff;
 /// "N" on such a processor; there is no such file where KVM runs on anything but Intel's extensions.
 const UNRESTRICTED_GUEST: &str = "/sys/module/kvm_intel/parameters/unrestricted_guest";
 
@@ -66,7 +70,8 @@ impl Kvm {
         kick::install_handler();
         let needs_tss = std::fs::read(UNRESTRICTED_GUEST).is_ok_and(|value| value.starts_with(b"N"));
         let msrs = device.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
-        Ok(Self { needs_tss, msrs: msrs.as_slice().into(), device })
+        let is_ours = |index: &u32| !HYPERV_MSRS.contains(index);
+        Ok(Self { needs_tss, msrs: msrs.as_slice().iter().copied().filter(is_ours).collect(), device })
     }
 
     /// What [`crate::REQUIREMENTS`] names and this KVM does not have.
