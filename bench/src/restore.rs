@@ -25,7 +25,7 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
         guest = source;
         report.add("save: pause -> state", "ms", saved.state_took.as_secs_f64() * 1e3);
         report.add("save: memory", "ms", saved.memory_took.as_secs_f64() * 1e3);
-        report.add("save: memory", "MiB", saved.memory_bytes as f64 / f64::from(1 << 20));
+        report.add("save: memory written", "MiB", saved.memory_bytes as f64 / f64::from(1 << 20));
         let start = Instant::now();
         let (copy, took) = saved.restore()?;
         report.add("engine: snapshot -> machine without a guest", "us", took.shell.as_secs_f64() * 1e6);
