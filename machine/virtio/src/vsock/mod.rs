@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use self::muxer::Muxer;
+use self::muxer::{FIRST_EPHEMERAL_PORT, Muxer};
 use crate::bell::Bell;
 use crate::worker::Worker;
 use crate::{Broken, Device, Session};
@@ -192,7 +192,8 @@ impl Drop for Vsock {
 fn any_port() -> io::Result<u32> {
     let mut bytes = [0; 4];
     getrandom(&mut bytes[..], GetRandomFlags::empty())?;
-    Ok(u32::from_le_bytes(bytes))
+    // The first is a power of two, so any number with its bit is an ephemeral port.
+    Ok(u32::from_le_bytes(bytes) | FIRST_EPHEMERAL_PORT)
 }
 
 impl HostSide {

@@ -25,7 +25,7 @@ const MAX_EVENTS: usize = 64;
 /// What an event of the bell carries; connections carry less.
 const BELL_EVENT: u64 = u64::MAX;
 /// Host ports of connections from the host start here, above what people choose for listening.
-const FIRST_EPHEMERAL_PORT: u32 = 1 << 30;
+pub(super) const FIRST_EPHEMERAL_PORT: u32 = 1 << 30;
 
 /// Opens the host's end for a guest that connects to a port, or says why not.
 pub(super) type Accept<'a> = &'a mut dyn FnMut(u32) -> Option<OwnedFd>;
