@@ -347,12 +347,7 @@ impl Queue {
     /// # Errors
     /// [`Broken`] when the available index is impossible.
     pub fn enable_kicks(&mut self, memory: &GuestMemory) -> Result<bool, Broken> {
-        if self.event_idx {
-            memory.store_u16(self.available_event(), self.next_available, Ordering::Relaxed)?;
-        } else {
-            memory.store_u16(self.layout.used, 0, Ordering::Relaxed)?;
-        }
-        fence(Ordering::SeqCst);
+        self.ask_for_kick(memory, self.next_available)?;
         Ok(self.waiting(memory)? > 0)
     }
 
@@ -363,14 +358,19 @@ impl Queue {
     /// [`Broken::AvailableIndex`] when the available index is impossible.
     pub fn enable_kicks_past_waiting(&mut self, memory: &GuestMemory) -> Result<u16, Broken> {
         let waiting = self.waiting(memory)?;
+        self.ask_for_kick(memory, self.next_available.wrapping_add(waiting))?;
+        Ok(waiting)
+    }
+
+    /// Asks for a notification when the request of available index `next` is published.
+    fn ask_for_kick(&self, memory: &GuestMemory, next: u16) -> Result<(), Broken> {
         if self.event_idx {
-            let next = self.next_available.wrapping_add(waiting);
             memory.store_u16(self.available_event(), next, Ordering::Relaxed)?;
         } else {
             memory.store_u16(self.layout.used, 0, Ordering::Relaxed)?;
         }
         fence(Ordering::SeqCst);
-        Ok(waiting)
+        Ok(())
     }
 
     /// Tells the driver that notifications are not needed for now. It may send some all the same.

@@ -107,9 +107,10 @@ impl<H: Hypervisor> Shell<H> {
     /// Gives each vCPU its CPUID, and then the registers that depend on it.
     fn identify_vcpus(&mut self, hypervisor: &H) -> Result<(), Error> {
         let supported = hypervisor.supported_cpuid()?;
+        let on_pvm = host::is_pvm();
         for (index, vcpu) in (0..).zip(&mut self.vcpus) {
             let tsc_khz = vcpu.tsc_khz()?;
-            let leaves = cpuid::for_vcpu(&supported, index, self.shape.vcpus, tsc_khz, host::is_pvm());
+            let leaves = cpuid::for_vcpu(&supported, index, self.shape.vcpus, tsc_khz, on_pvm);
             vcpu.set_cpuid(&leaves)?;
             vcpu.set_msrs(&boot::initial_msrs())?;
         }

@@ -10,12 +10,13 @@
 //! Everything here is the guest's to choose: the instruction, the registers, the page tables, the area.
 
 use kiln_memory::{Gpa, GuestMemory};
-use kvm_bindings::{KVM_VCPUEVENT_VALID_SHADOW, kvm_xsave};
+use kvm_bindings::KVM_VCPUEVENT_VALID_SHADOW;
 use kvm_ioctls::VcpuFd;
 
 use super::call;
+use super::convert::{image_of, xsave_of};
 use super::page_walk::{Access, Fault, translate};
-use super::xstate::{self, Area, Direction, Image, Instruction, Layout};
+use super::xstate::{self, Area, Direction, Instruction, Layout};
 use crate::{CpuidEntry, Error, InternalError, Registers, SystemRegisters};
 
 /// `int3`.
@@ -137,20 +138,16 @@ fn transfer(
         Some(Err(exception)) => return Ok(Some(Err(exception))),
         Some(Ok(area)) => area,
     };
-    let mut xsave = fd.get_xsave().map_err(call("KVM_GET_XSAVE"))?;
-    let mut image = to_image(&xsave);
+    let mut image = image_of(&fd.get_xsave().map_err(call("KVM_GET_XSAVE"))?);
     match instruction.direction {
         Direction::Save => xstate::save(layout, mask, &image, &area),
         Direction::Restore => {
             if xstate::restore(layout, mask, xcr0, &area, &mut image).is_err() {
                 return Ok(Some(Err(Exception::GeneralProtection)));
             }
-            for (word, bytes) in xsave.region.iter_mut().zip(image.as_chunks().0) {
-                *word = u32::from_le_bytes(*bytes);
-            }
             // SAFETY: the call reads more than a `kvm_xsave` only for components enabled by `arch_prctl`, which nothing
             // in this process does.
-            match unsafe { fd.set_xsave(&xsave) } {
+            match unsafe { fd.set_xsave(&xsave_of(&image)) } {
                 Ok(()) => {}
                 Err(errno) if errno.errno() == libc::EINVAL => {
                     return Ok(Some(Err(Exception::GeneralProtection)));
@@ -160,14 +157,6 @@ fn transfer(
         }
     }
     Ok(Some(Ok(())))
-}
-
-fn to_image(xsave: &kvm_xsave) -> Image {
-    let mut image = [0; xstate::IMAGE_BYTES];
-    for (bytes, word) in image.as_chunks_mut().0.iter_mut().zip(xsave.region) {
-        *bytes = word.to_le_bytes();
-    }
-    image
 }
 
 /// Ends the instruction: forgets the #UD that KVM has queued for it, and delivers `exception` instead.

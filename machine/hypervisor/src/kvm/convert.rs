@@ -2,9 +2,29 @@
 
 use kvm_bindings::{
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_xsave,
 };
 
+use super::xstate::{IMAGE_BYTES, Image};
 use crate::{CpuidEntry, DescriptorTable, Registers, Segment, SystemRegisters};
+
+/// The vector registers as bytes.
+pub(super) fn image_of(xsave: &kvm_xsave) -> Image {
+    let mut image = [0; IMAGE_BYTES];
+    for (bytes, word) in image.as_chunks_mut().0.iter_mut().zip(xsave.region) {
+        *bytes = word.to_le_bytes();
+    }
+    image
+}
+
+/// The same back.
+pub(super) fn xsave_of(image: &Image) -> kvm_xsave {
+    let mut xsave = kvm_xsave::default();
+    for (word, bytes) in xsave.region.iter_mut().zip(image.as_chunks().0) {
+        *word = u32::from_le_bytes(*bytes);
+    }
+    xsave
+}
 
 impl From<&kvm_cpuid_entry2> for CpuidEntry {
     fn from(entry: &kvm_cpuid_entry2) -> Self {

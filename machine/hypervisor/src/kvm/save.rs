@@ -6,11 +6,12 @@
 
 use kvm_bindings::{
     KVM_MAX_MSR_ENTRIES, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 
 use super::call;
+use super::convert::{image_of, xsave_of};
 use crate::{Error, Events, Msr, VcpuState};
 
 const MSR_TSC: u32 = 0x10;
@@ -27,7 +28,7 @@ pub(super) fn save(fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, Error> {
         registers: (&fd.get_regs().map_err(call("KVM_GET_REGS"))?).into(),
         system_registers: (&fd.get_sregs().map_err(call("KVM_GET_SREGS"))?).into(),
         xcr0: used.clone().find(|xcr| xcr.xcr == XCR0).map_or(0, |xcr| xcr.value),
-        xsave: xsave_bytes(&fd.get_xsave().map_err(call("KVM_GET_XSAVE"))?),
+        xsave: image_of(&fd.get_xsave().map_err(call("KVM_GET_XSAVE"))?).to_vec(),
         local_apic: fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?.regs.map(|byte| byte as u8).to_vec(),
         debug_registers: [debug.db[0], debug.db[1], debug.db[2], debug.db[3], debug.dr6, debug.dr7],
         events: (&fd.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?).into(),
@@ -46,10 +47,11 @@ pub(super) fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
         xcrs.xcrs[0].value = state.xcr0;
         fd.set_xcrs(&xcrs).map_err(call("KVM_SET_XCRS"))?;
     }
-    let xsave = xsave_of(&state.xsave)?;
+    let image = state.xsave.as_slice().try_into();
+    let image = image.map_err(|_| Error::Order("a vector register area of the wrong length"))?;
     // SAFETY: KVM reads 4096 bytes, which is what the structure has, unless the process has asked for features whose
     // area is larger (`ARCH_REQ_XCOMP_GUEST_PERM`), which it never does.
-    unsafe { fd.set_xsave(&xsave) }.map_err(call("KVM_SET_XSAVE"))?;
+    unsafe { fd.set_xsave(&xsave_of(image)) }.map_err(call("KVM_SET_XSAVE"))?;
     let [d0, d1, d2, d3, dr6, dr7] = state.debug_registers;
     let debug = kvm_debugregs { db: [d0, d1, d2, d3], dr6, dr7, ..kvm_debugregs::default() };
     fd.set_debug_regs(&debug).map_err(call("KVM_SET_DEBUGREGS"))?;
@@ -107,21 +109,6 @@ fn write(fd: &VcpuFd, msrs: &[Msr]) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-fn xsave_bytes(xsave: &kvm_xsave) -> Vec<u8> {
-    xsave.region.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
-fn xsave_of(bytes: &[u8]) -> Result<kvm_xsave, Error> {
-    let mut xsave = kvm_xsave::default();
-    if bytes.len() != size_of_val(&xsave.region) {
-        return Err(Error::Order("a vector register area of the wrong length"));
-    }
-    for (word, bytes) in xsave.region.iter_mut().zip(bytes.chunks_exact(4)) {
-        *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-    }
-    Ok(xsave)
 }
 
 fn lapic_of(bytes: &[u8]) -> Result<kvm_lapic_state, Error> {
