@@ -322,6 +322,7 @@ impl Agent {
                 Ok(()) => return,
                 Err(failed) => Err(failed),
             },
+            Call::Park(_) => Err(invalid("this agent cannot park".into())),
         };
         connection.answer(outcome.unwrap_or_else(Outcome::Failed));
     }

@@ -16,6 +16,7 @@
 extern crate alloc;
 
 pub mod frame;
+pub mod mailbox;
 mod message;
 pub mod power;
 mod reader;

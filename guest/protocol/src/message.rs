@@ -9,7 +9,7 @@ use prost::{Enumeration, Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Request {
     /// The one thing asked for. `None` is refused.
-    #[prost(oneof = "Call", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "Call", tags = "1, 2, 3, 4, 5")]
     pub call: Option<Call>,
 }
 
@@ -28,7 +28,15 @@ pub enum Call {
     /// Asks for nothing but an answer: agent version and guest facts.
     #[prost(message, tag = "4")]
     Hello(Hello),
+    /// Freezes user processes, writes out what is dirty, and parks at the doorbell until there is mail. Answered only
+    /// when it cannot be done: the ring is the answer, and the connection is gone by then.
+    #[prost(message, tag = "5")]
+    Park(Park),
 }
+
+/// Asks the agent to park.
+#[derive(Clone, PartialEq, Message)]
+pub struct Park {}
 
 /// Asks who is there.
 #[derive(Clone, PartialEq, Message)]

@@ -18,6 +18,14 @@ pub const PAGE_BYTES: usize = 4096;
 pub const PHASE_STARTED: u32 = 1;
 /// Doorbell phase: the agent listens on its vsock port.
 pub const PHASE_LISTENING: u32 = 2;
+/// Doorbell phase: the agent is parked. It goes on when there is mail in the [mailbox](crate::mailbox).
+pub const PHASE_PARKED: u32 = 3;
+/// Doorbell phase: the agent has taken its mail and acknowledged it, and nothing else yet.
+pub const PHASE_RESUMED: u32 = 4;
+/// Doorbell phase: the guest is the one the mail says; only now user processes run.
+pub const PHASE_ADOPTED: u32 = 5;
 
 /// Notice code: the agent panicked; the guest kernel will follow, because process 1 ends.
 pub const NOTICE_AGENT_PANIC: u32 = 0x41;
+/// Notice code: a restored guest could not take on its new identity, and ends before any user process runs.
+pub const NOTICE_NOT_ADOPTED: u32 = 0x42;

@@ -7,7 +7,7 @@ use prost::{Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Command {
     /// What to do. `None` is refused.
-    #[prost(oneof = "Do", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "Do", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub call: Option<Do>,
 }
 
@@ -26,6 +26,21 @@ pub enum Do {
     /// Hands over files for the start to come.
     #[prost(message, tag = "4")]
     Files(Files),
+    /// Makes the machine that a snapshot is of, and enters it. In the place of [`Start`].
+    #[prost(message, tag = "5")]
+    Restore(Restore),
+    /// Stops the machine between two instructions. Answered by [`Paused`].
+    #[prost(message, tag = "6")]
+    Pause(Pause),
+    /// Lets a paused or parked machine go on. Answered by [`Entered`].
+    #[prost(message, tag = "7")]
+    Resume(Resume),
+    /// Writes the memory of a paused machine to a file. Answered by [`Saved`].
+    #[prost(message, tag = "8")]
+    SaveMemory(SaveMemory),
+    /// Writes everything else of a paused machine to a file. Answered by [`Saved`].
+    #[prost(message, tag = "9")]
+    SaveState(SaveState),
 }
 
 /// The machine to make.
@@ -57,7 +72,61 @@ pub struct Start {
     pub cid: u64,
 }
 
-/// Files for the [`Start`] that follows, as many as a packet may carry: in its numbering, the descriptors beside these
+/// The machine to make of a snapshot. Devices are those it was saved with, in their order; what is behind them is given anew.
+#[derive(Clone, PartialEq, Message)]
+pub struct Restore {
+    /// Everything but the memory, as [`SaveState`] wrote it.
+    #[prost(uint32, tag = "1")]
+    pub state_fd: u32,
+    /// The memory, as [`SaveMemory`] wrote it. It is mapped, so nobody may change it while the machine lives.
+    #[prost(uint32, tag = "2")]
+    pub memory_fd: u32,
+    /// Block devices in the guest's order.
+    #[prost(message, repeated, tag = "3")]
+    pub disks: Vec<Disk>,
+    /// Where the guest's console output goes as well, when not `None`.
+    #[prost(uint32, optional, tag = "4")]
+    pub console_fd: Option<u32>,
+    /// The guest's vsock context id, 3 or more; the driver may have read it already, so it is the one the snapshot has.
+    #[prost(uint64, tag = "5")]
+    pub cid: u64,
+    /// Whose life the guest leads from here: a generation as `kiln_protocol::mailbox` has it, its clock filled in when the
+    /// guest is entered. Empty for the guest to go on as if nothing had been.
+    #[prost(bytes = "vec", tag = "6")]
+    pub generation: Vec<u8>,
+}
+
+/// Stops the machine.
+#[derive(Clone, PartialEq, Message)]
+pub struct Pause {}
+
+/// Lets the machine go on.
+#[derive(Clone, PartialEq, Message)]
+pub struct Resume {
+    /// As [`Restore::generation`].
+    #[prost(bytes = "vec", tag = "1")]
+    pub generation: Vec<u8>,
+}
+
+/// Writes the machine's memory to the empty file beside the packet, pages of zeros as holes.
+#[derive(Clone, PartialEq, Message)]
+pub struct SaveMemory {}
+
+/// Writes the machine's state to the empty file beside the packet.
+#[derive(Clone, PartialEq, Message)]
+pub struct SaveState {
+    /// SHA-256 of the guest kernel, 32 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub kernel: Vec<u8>,
+    /// SHA-256 of the initramfs, 32 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub initramfs: Vec<u8>,
+    /// The store's name of the saved memory, 32 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub memory: Vec<u8>,
+}
+
+/// Files for the [`Start`] or [`Restore`] that follows, as many as a packet may carry: in its numbering, the descriptors beside these
 /// packets come first, in their order.
 #[derive(Clone, PartialEq, Message)]
 pub struct Files {}
@@ -74,6 +143,10 @@ pub struct Disk {
     /// What the driver reads as the device's serial, at most 20 bytes. VIRTIO 1.2 §5.2 "Block Device".
     #[prost(string, tag = "3")]
     pub serial: String,
+    /// The size the guest sees, in bytes, a multiple of 4096; 0 for as long as its pieces. What lies behind them reads as zeros
+    /// and cannot be written, so a machine saved with one disk can be restored with another in its place.
+    #[prost(uint64, tag = "4")]
+    pub capacity_bytes: u64,
 }
 
 /// A piece of a file on a disk.
@@ -112,7 +185,7 @@ pub struct Stop {}
 #[derive(Clone, PartialEq, Message)]
 pub struct Event {
     /// What happened.
-    #[prost(oneof = "Happened", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "Happened", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub happened: Option<Happened>,
 }
 
@@ -131,6 +204,81 @@ pub enum Happened {
     /// The machine could not be made or start; the last event.
     #[prost(message, tag = "4")]
     Failed(Failed),
+    /// The agent is parked and the machine stands still, as [`Pause`] makes it.
+    #[prost(message, tag = "5")]
+    Parked(Parked),
+    /// The machine stands still.
+    #[prost(message, tag = "6")]
+    Paused(Paused),
+    /// A machine that stood still, or was restored, runs.
+    #[prost(message, tag = "7")]
+    Entered(Entered),
+    /// The agent of a parked machine has taken the generation it was given and acknowledged it.
+    #[prost(message, tag = "8")]
+    Resumed(Resumed),
+    /// The guest has become the one its generation says; user processes run from here.
+    #[prost(message, tag = "9")]
+    Adopted(Adopted),
+    /// A file was written, or could not be.
+    #[prost(message, tag = "10")]
+    Saved(Saved),
+}
+
+/// The machine parked itself.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Parked {
+    /// Host `CLOCK_MONOTONIC` in nanoseconds when the doorbell rang.
+    #[prost(uint64, tag = "1")]
+    pub at_ns: u64,
+}
+
+/// The machine was stopped.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Paused {
+    /// How long it took until the last vCPU stood still, in nanoseconds.
+    #[prost(uint64, tag = "1")]
+    pub took_ns: u64,
+}
+
+/// The machine runs again.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Entered {
+    /// Host `CLOCK_MONOTONIC` in nanoseconds when the monitor started running.
+    #[prost(uint64, tag = "1")]
+    pub spawned_ns: u64,
+    /// The same when the order to restore or resume had come.
+    #[prost(uint64, tag = "2")]
+    pub ordered_ns: u64,
+    /// The same when the first vCPU was about to enter the guest.
+    #[prost(uint64, tag = "3")]
+    pub entered_ns: u64,
+}
+
+/// The agent acknowledged its generation.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Resumed {
+    /// Host `CLOCK_MONOTONIC` in nanoseconds when the doorbell rang.
+    #[prost(uint64, tag = "1")]
+    pub at_ns: u64,
+}
+
+/// The guest took on its identity.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Adopted {
+    /// Host `CLOCK_MONOTONIC` in nanoseconds when the doorbell rang.
+    #[prost(uint64, tag = "1")]
+    pub at_ns: u64,
+}
+
+/// What came of [`SaveMemory`] or [`SaveState`]. The machine stands still as before.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Saved {
+    /// Why the file is of no use, in one line; empty when it is whole.
+    #[prost(string, tag = "1")]
+    pub failure: String,
+    /// How long it took, in nanoseconds.
+    #[prost(uint64, tag = "2")]
+    pub took_ns: u64,
 }
 
 /// The vCPUs entered the guest.

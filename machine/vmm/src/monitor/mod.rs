@@ -144,7 +144,7 @@ fn supervise<H: Hypervisor>(
         match command.call {
             Some(Do::Connect(connect)) => connect_port(ports, &connect, files),
             Some(Do::Stop(_)) => machine.stop(),
-            Some(Do::Start(_) | Do::Files(_)) | None => {
+            Some(_) | None => {
                 return Err(ChannelError::Malformed("only Connect and Stop may follow Start"));
             }
         }
