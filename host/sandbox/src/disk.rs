@@ -136,6 +136,7 @@ pub(crate) fn describe<'fd>(disks: &'fd [Disk], start: &mut Start, descriptors: 
             read_only: disk.read_only,
             extents,
             serial: format!("kiln-{index}"),
+            capacity_bytes: 0,
         });
     }
 }

@@ -196,7 +196,7 @@ fn a_disk_may_have_more_files_than_fit_beside_one_packet() {
     let mut files = vec![file(&Guest::default().power_off(0).elf()), file(b"an archive")];
     files.resize_with(FILES as usize, || file(&[7; 4096]));
     let extents = (2..FILES).map(|fd| Extent { fd, offset: 0, length: 4096, digests_fd: None }).collect();
-    let disk = Disk { read_only: true, extents, serial: String::new() };
+    let disk = Disk { read_only: true, extents, ..Disk::default() };
     let monitor = Monitor::spawn();
     monitor.order(Do::Files(Files {}), &files[..100]);
     monitor.order(Do::Files(Files {}), &files[100..200]);
