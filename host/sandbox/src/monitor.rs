@@ -329,16 +329,8 @@ async fn read_events(channel: &AsyncChannel, life: &watch::Sender<Life>) -> Opti
             }),
             Some(Happened::Ended(ended)) => return Some(MachineEnd::from(ended)),
             Some(Happened::Failed(failed)) => return Some(MachineEnd::from(failed)),
-            Some(
-                Happened::Parked(_)
-                | Happened::Paused(_)
-                | Happened::Entered(_)
-                | Happened::Resumed(_)
-                | Happened::Adopted(_)
-                | Happened::Saved(_),
-            ) => {}
             // A newer monitor may report more than this version knows.
-            None => {}
+            _ => {}
         }
     }
 }
