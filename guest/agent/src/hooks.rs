@@ -45,7 +45,6 @@ pub(crate) fn find() -> Vec<CString> {
         }
     };
     let mut found = programs(&directory);
-    found.sort();
     if found.len() > MAX_HOOKS {
         sys::say(format_args!("{DIRECTORY}: only the first {MAX_HOOKS} are run"));
         found.truncate(MAX_HOOKS);
@@ -54,7 +53,7 @@ pub(crate) fn find() -> Vec<CString> {
 }
 
 fn programs(directory: &OwnedFd) -> Vec<CString> {
-    let mut found = Vec::new();
+    let mut found: Vec<CString> = Vec::new();
     let mut buffer = Vec::with_capacity(ENTRIES_BYTES);
     let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
     for _ in 0..MAX_NAMES {
@@ -65,7 +64,8 @@ fn programs(directory: &OwnedFd) -> Vec<CString> {
             FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_mode & EXECUTABLE != 0
         });
         if is_program && let Ok(path) = CString::new([DIRECTORY.as_bytes(), b"/", name.to_bytes()].concat()) {
-            found.push(path);
+            // Sorted by name; there are few.
+            found.insert(found.partition_point(|other| *other < path), path);
         }
     }
     found

@@ -77,7 +77,7 @@ impl Life {
     }
 
     fn machine_id(&self) -> String {
-        format!("{:032x}\n", u128::from_be_bytes(self.machine_id))
+        format!("{}\n", hex(&self.machine_id))
     }
 
     fn boot_id(&self) -> String {
@@ -147,9 +147,18 @@ fn hosts(hostname: &str) -> String {
     format!("{LOCAL_HOSTS}127.0.1.1\t{hostname}\n")
 }
 
+/// The text form of a UUID. RFC 9562 §4 "UUID Format".
 fn uuid(id: &[u8; 16]) -> String {
-    let id = format!("{:032x}", u128::from_be_bytes(*id));
-    format!("{}-{}-{}-{}-{}", &id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..])
+    let mut text = hex(id);
+    for dash in [8, 13, 18, 23] {
+        text.insert(dash, '-');
+    }
+    text
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let digit = |value: u8| char::from(b"0123456789abcdef"[usize::from(value)]);
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 fn create(path: &str, mode: u32, contents: &str) -> Result<OwnedFd, Errno> {
