@@ -117,7 +117,10 @@ impl GuestMemory {
     }
 
     /// Writes `ranges` of the image to their places in `file`, pages of zeros as holes.
-    fn save_pages(&self, file: &File, ranges: &[Range<u64>]) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// What the file system says; [`io::ErrorKind::InvalidInput`] for what is not of the image.
+    pub fn save_pages(&self, file: &File, ranges: &[Range<u64>]) -> io::Result<()> {
         let mut chunk = Vec::new();
         for range in ranges {
             let mut at = range.start;

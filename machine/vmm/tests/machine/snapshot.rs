@@ -186,3 +186,48 @@ fn a_machine_that_has_ended_is_not_paused() {
     let Err(machine) = machine.pause() else { panic!("it has ended") };
     assert_eq!(machine.wait().0.detail, "code 3");
 }
+
+/// A guest that for ever writes a count to a page, then the next page, over 4 MiB, and the count to a register: every page's count is
+/// the register's or one less, and those before the last page written are the higher ones.
+fn scribbling() -> Guest {
+    Guest::default()
+        .ring(RUNG)
+        // mov ebp, 0
+        .code(&[0xbd, 0, 0, 0, 0])
+        // inc ebp (as add ebp, 1); mov ebx, 0x400000
+        .code(&[0x83, 0xc5, 1, 0xbb, 0, 0, 0x40, 0])
+        // mov [ebx], ebp; add ebx, 0x1000; cmp ebx, 0x800000; jne to the store
+        .code(&[0x89, 0x2b, 0x81, 0xc3, 0, 0x10, 0, 0, 0x81, 0xfb, 0, 0, 0x80, 0, 0x75, 0xf0])
+        // jmp to the increment
+        .code(&[0xeb, 0xe6])
+}
+
+#[test]
+fn a_machine_saved_while_it_runs_is_as_it_was_at_one_instant() {
+    let (observer, rung) = phases();
+    let mut source = start(&scribbling(), shape(1), observer);
+    assert_eq!(rung.recv(), Ok(RUNG));
+    let mut last = 0;
+    for _ in 0..5 {
+        let memory = tempfile::tempfile().expect("a file");
+        let (machine, saved) = source.save_running(&memory);
+        source = machine.expect("it goes on");
+        let state = through_a_file(&saved.expect("saved").state);
+        let console = Console::new(None).expect("a console");
+        let copy = restore(&state, &memory, &console).expect("restored");
+        let count = state.vcpus[0].registers.rbp as u32;
+        let next = state.vcpus[0].registers.rbx;
+        assert!(count > last, "the source goes on: {count} after {last}");
+        last = count;
+        for page in (0x40_0000..0x80_0000).step_by(0x1000) {
+            let found = copy.memory().read_u32(Gpa(page)).expect("RAM");
+            // The instant may lie between a store and the step to the next page.
+            let expected = count - u32::from(page > next);
+            assert!(
+                found == expected || page == next && found + 1 == expected,
+                "{page:#x}: {found}, not {expected}"
+            );
+        }
+        drop(copy.resume().expect("it goes on too"));
+    }
+}
