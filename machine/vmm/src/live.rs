@@ -8,6 +8,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use kiln_hypervisor::Hypervisor;
+use kiln_memory::Watch;
 
 use crate::machine::Machine;
 use crate::paused::{MachineState, SaveError};
@@ -47,16 +48,23 @@ impl<H: Hypervisor> Machine<H> {
     /// # Errors
     /// [`LiveError`]; the file is of no use then. The machine is `None` when the host has no thread left to go on with.
     pub fn save_running(self, file: &File) -> (Option<Self>, Result<LiveState, LiveError>) {
-        let watch = match self.copy_ahead(file) {
-            Ok(watch) => watch,
-            Err(error) => return (Some(self), Err(error.into())),
+        let watch = match self.memory.watch() {
+            Ok(watch) => match self.copy_ahead(file, &watch) {
+                Ok(()) => Some(watch),
+                Err(error) => return (Some(self), Err(error.into())),
+            },
+            // A host that cannot watch: the machine stands still for all of the copy.
+            Err(_) => None,
         };
         let start = Instant::now();
         let mut paused = match self.pause() {
             Ok(paused) => paused,
             Err(machine) => return (Some(machine), Err(LiveError::Ended)),
         };
-        let rest = watch.take().and_then(|written| paused.memory().save_pages(file, &written));
+        let rest = match watch {
+            Some(watch) => watch.take().and_then(|written| paused.memory().save_pages(file, &written)),
+            None => paused.memory().save(file),
+        };
         let state = rest.map_err(LiveError::from).and_then(|()| Ok(paused.save()?));
         match paused.resume() {
             Ok(machine) => {
@@ -67,9 +75,8 @@ impl<H: Hypervisor> Machine<H> {
         }
     }
 
-    /// Copies the memory while the guest runs; what it writes from some moment on, the watch tells.
-    fn copy_ahead(&self, file: &File) -> io::Result<kiln_memory::Watch> {
-        let watch = self.memory.watch()?;
+    /// Copies the memory while the guest runs. What it writes meanwhile and is not copied, the watch still tells.
+    fn copy_ahead(&self, file: &File, watch: &Watch) -> io::Result<()> {
         self.memory.save(file)?;
         for _ in 0..ROUNDS_MAX {
             let written = watch.take()?;
@@ -78,6 +85,6 @@ impl<H: Hypervisor> Machine<H> {
                 break;
             }
         }
-        Ok(watch)
+        Ok(())
     }
 }
