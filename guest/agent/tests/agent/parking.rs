@@ -25,9 +25,10 @@ fn guest_on(power: impl FnOnce() -> Power + Send + 'static) -> Guest {
     Guest::begin_on(power, own_mounts, make_root, || {})
 }
 
-fn machine(reaper: bool) -> (Machine, Guest) {
+/// A guest on a machine, which goes first: a parked agent waits for it.
+fn machine(reaper: bool) -> (Guest, Machine) {
     let (machine, power) = Machine::new();
-    (machine, guest_on(power).ready(reaper))
+    (guest_on(power).ready(reaper), machine)
 }
 
 fn counter(guest: &Guest) -> Stream {
@@ -60,7 +61,7 @@ fn bad_generation() -> Generation {
 #[test]
 fn processes_stand_still_while_parked_and_go_on_without_mail() {
     for reaper in [false, true] {
-        let (mut machine, guest) = machine(reaper);
+        let (guest, mut machine) = machine(reaper);
         let mut stream = counter(&guest);
         machine.park(&guest);
         let before = count(&guest);
@@ -75,7 +76,7 @@ fn processes_stand_still_while_parked_and_go_on_without_mail() {
 
 #[test]
 fn mail_is_acknowledged_and_its_entropy_wiped_before_anything_else() {
-    let (mut machine, guest) = machine(false);
+    let (guest, mut machine) = machine(false);
     let mut stream = counter(&guest);
     machine.park(&guest);
     let before = count(&guest);
@@ -93,7 +94,7 @@ fn mail_is_acknowledged_and_its_entropy_wiped_before_anything_else() {
 
 #[test]
 fn mail_taken_before_is_no_mail() {
-    let (mut machine, guest) = machine(false);
+    let (guest, mut machine) = machine(false);
     machine.restore(&guest, &generation(1));
     machine.park(&guest);
     machine.go_on();
@@ -102,7 +103,7 @@ fn mail_taken_before_is_no_mail() {
 
 #[test]
 fn with_bad_mail_no_process_goes_on() {
-    let (mut machine, mut guest) = machine(true);
+    let (mut guest, mut machine) = machine(true);
     let _stream = counter(&guest);
     machine.park(&guest);
     let before = count(&guest);
@@ -119,7 +120,7 @@ fn with_bad_mail_no_process_goes_on() {
 
 #[test]
 fn the_connections_of_running_commands_stay_and_all_others_are_closed() {
-    let (mut machine, guest) = machine(true);
+    let (guest, mut machine) = machine(true);
     let mut stream = counter(&guest);
     let mut idle = guest.connect();
     // Accepted, since one that came later has been answered.
@@ -146,7 +147,7 @@ fn what_cannot_park_says_so() {
 
 #[test]
 fn a_warm_up_is_alone_and_the_first_command_is_still_process_1() {
-    let (mut machine, guest) = machine(false);
+    let (guest, mut machine) = machine(false);
     for _ in 0..2 {
         let (stream, outcome) = guest
             .try_start(Exec { warmup: true, ..sh("sleep 1000 & echo $$; ls -d /proc/[0-9]* | head -1") });
@@ -197,11 +198,12 @@ fn a_restored_guest_has_its_new_names_everywhere_and_running_processes_see_them(
         )
     };
     for read_only in [false, true] {
-        let (mut machine, power) = Machine::new();
+        let (machine, power) = Machine::new();
         let booted = Booted::begin(power, |tree| {
             std::fs::write(tree.join("etc/machine-id"), "the image's\n").expect("a file");
         });
         let booted = booted.set_up(Setup { read_only, reaper: true, ..Setup::default() });
+        let mut machine = machine;
         let script = format!("while read line; do {SHOW}; done");
         let env = vec![b"PATH=/bin".to_vec()];
         let mut running = booted.guest.start(Exec { stdin: true, env, ..sh(&script) });
@@ -245,16 +247,18 @@ fn an_image_without_machine_id_gets_none() {
 
 #[test]
 fn a_guest_restored_before_its_set_up_has_the_names_of_its_mail() {
-    let (mut machine, power) = Machine::new();
+    let (machine, power) = Machine::new();
     let booted = Booted::begin(power, |_| {});
+    let mut machine = machine;
     machine.restore(&booted.guest, &generation(1));
     let booted = booted.set_up(Setup { reaper: true, ..Setup::default() });
+    let _machine = machine;
     assert_eq!(booted.sh("cat /run/kiln/generation"), "1 01010101-0101-0101-0101-010101010101\n");
 }
 
 #[test]
 fn the_clock_is_set_to_when_the_guest_went_on() {
-    let (mut machine, guest) = machine(false);
+    let (guest, mut machine) = machine(false);
     machine.park(&guest);
     // Tells when somebody sets the clock; that it is right now already is no matter.
     let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::empty()).expect("a timer");
@@ -290,7 +294,7 @@ fn hooks(tree: &Path, hooks: &[(&str, u32, &str)]) {
 #[test]
 fn hooks_run_in_order_before_processes_go_on_and_end_with_what_they_started() {
     for reaper in [true, false] {
-        let (mut machine, power) = Machine::new();
+        let (machine, power) = Machine::new();
         let booted = Booted::begin(power, |tree| {
             hooks(
                 tree,
@@ -309,6 +313,7 @@ fn hooks_run_in_order_before_processes_go_on_and_end_with_what_they_started() {
                 .expect("a file");
         });
         let booted = booted.set_up(Setup { reaper, ..Setup::default() });
+        let mut machine = machine;
         let script = "while read line; do cat /home/log; echo end; done";
         let running = || {
             let env = vec![b"PATH=/bin".to_vec()];
