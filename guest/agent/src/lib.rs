@@ -3,6 +3,11 @@
 //! A request comes in on a connection ([`listen`], [`server`]), is carried out by what knows nothing of connections
 //! (`setup`, `workload`), and a command's streams then travel between its pipes and the connection (`session`). The
 //! agent has one thread and no standard library: what it is made of is what a restored guest touches first.
+//!
+//! A guest that is to be saved parks: its processes are frozen (`freezer`), its disk is written out, and the agent
+//! stands at the doorbell ([`power`]), in user mode. One that goes on with mail becomes another guest (`adopt`,
+//! `identity`), tells the image (`hooks`), and only then lets its processes go on. `docs/guide/clones.md` is what users
+//! see of it.
 
 #![no_std]
 #![deny(unsafe_code)]

@@ -5,11 +5,13 @@
 //!     │                     ▲
 //!     └──exec──▶ running ───┴─ ended, output sent
 //!                   │ connection lost
-//!                   └──▶ abandoned ── process reaped ──▶ closed
+//!                   ├──▶ abandoned ── process reaped ──▶ closed
+//!                   └──▶ detached ─── process reaped ──▶ closed
 //! ```
 //!
-//! A guest that is asked to park keeps the connections of running commands and closes all others. It may go on as
-//! another guest, whose host knows nothing of them: they end then as any connection that is lost.
+//! A command whose connection is lost is abandoned, which is to be killed. A guest that is asked to park keeps the
+//! connections of running commands and closes all others. It may go on as another guest, whose host knows nothing of
+//! them: a command of an earlier life whose connection is lost is detached, and runs on with nobody at its streams.
 //!
 //! Every file is watched edge-triggered: an event is remembered as "may be ready" until a call says otherwise, so the
 //! loop makes no call to change what it waits for, and waits whenever nothing may be ready.
@@ -129,6 +131,8 @@ struct Connection {
     /// How much of `out` has been sent.
     sent: usize,
     stage: Stage,
+    /// How often the guest had been restored when the command started.
+    restores: u64,
 }
 
 enum Stage {
@@ -138,6 +142,8 @@ enum Stage {
     Running(Session),
     /// The peer is gone; the command has been killed and is to be reaped.
     Abandoned(Session),
+    /// The peer was another guest's; the command runs on.
+    Detached(Session),
     /// Everything is said; the connection closes when it is sent.
     Answered,
 }
@@ -253,7 +259,10 @@ impl<'a> Agent<'a> {
                 connection.hung_up |= flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
                 connection.writable |= flags.contains(EventFlags::OUT);
             }
-            (Some(source), Stage::Running(session) | Stage::Abandoned(session)) => {
+            (
+                Some(source),
+                Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session),
+            ) => {
                 let had_ended = session.has_ended();
                 session.happened(source, flags);
                 let ends = !had_ended && session.has_ended();
@@ -281,6 +290,14 @@ impl<'a> Agent<'a> {
 
     fn closed(&mut self, slot: usize, mut connection: Connection) -> Next {
         if let Stage::Running(mut session) = connection.stage {
+            if connection.restores < self.restores() && !session.has_ended() {
+                session.detach();
+                connection.stage = Stage::Detached(session);
+                connection.readable = false;
+                connection.out = Vec::new();
+                self.connections[slot] = Some(connection);
+                return Next::Again;
+            }
             session.abandon();
             if session.has_ended() {
                 return Next::Wait;
@@ -301,6 +318,17 @@ impl<'a> Agent<'a> {
     fn serve(&mut self, slot: usize, connection: &mut Connection) -> Next {
         if let Stage::Abandoned(session) = &connection.stage {
             return if session.has_ended() { Next::Close } else { Next::Wait };
+        }
+        if let Stage::Detached(session) = &mut connection.stage {
+            let files = |source| data(slot, Some(source));
+            let more =
+                session.advance(&mut connection.out, &Registrar { epoll: self.epoll.as_fd(), data: &files });
+            connection.out.clear();
+            return match session.outcome() {
+                Some(_) => Next::Close,
+                None if more => Next::Again,
+                None => Next::Wait,
+            };
         }
         if connection.receive().is_err() || self.take_frames(slot, connection).is_err() {
             return Next::Close;
@@ -369,7 +397,7 @@ impl<'a> Agent<'a> {
                 ToAgent::StderrClose => session.close_output(1),
             },
             // What was under way when the command ended, or was never started.
-            Stage::Answered | Stage::Abandoned(_) => {}
+            Stage::Answered | Stage::Abandoned(_) | Stage::Detached(_) => {}
         }
         Ok(())
     }
@@ -380,6 +408,7 @@ impl<'a> Agent<'a> {
             Call::Setup(setup) => self.set_up(&setup).map(|()| Outcome::Done(Done {})),
             Call::Exec(exec) => self.exec(slot, exec).map(|(session, pid)| {
                 connection.stage = Stage::Running(session);
+                connection.restores = self.restores();
                 Outcome::Started(Started { pid })
             }),
             Call::PowerOff(power_off) => match self.stop(slot, &power_off) {
@@ -461,6 +490,11 @@ impl<'a> Agent<'a> {
         Ok(())
     }
 
+    /// How often the guest has been restored.
+    fn restores(&self) -> u64 {
+        self.life.as_ref().map_or(0, |life| life.counter)
+    }
+
     /// Refuses what cannot be while processes are frozen: a command born among them would not get as far as its program.
     fn is_not_parking(&self) -> Result<(), Failed> {
         match self.parking {
@@ -518,7 +552,7 @@ impl<'a> Agent<'a> {
     #[cold]
     #[inline(never)]
     fn adopt(&mut self, taken: &mut Taken, parking: &Parking) -> Result<(), Fault> {
-        let counter = self.life.as_ref().map_or(0, |life| life.counter).saturating_add(1);
+        let counter = self.restores().saturating_add(1);
         let rate = self.rate.unwrap_or_default();
         let place = self.workload.as_mut().map(|workload| &mut workload.place);
         let life = adopt(taken, parking.random.as_ref(), place, rate, counter)
@@ -543,7 +577,9 @@ impl<'a> Agent<'a> {
         let Some(stopping) = &mut self.stopping else { return false };
         if let Some(workload) = self.workload.as_ref().filter(|workload| !workload.is_empty()) {
             let runs = |connection: &Connection| match &connection.stage {
-                Stage::Running(session) | Stage::Abandoned(session) => !session.has_ended(),
+                Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session) => {
+                    !session.has_ended()
+                }
                 Stage::Asking | Stage::Answered => false,
             };
             if !stopping.commands_have_ended && !self.connections.iter().flatten().any(runs) {
@@ -575,6 +611,7 @@ impl Connection {
             out: Vec::new(),
             sent: 0,
             stage: Stage::Asking,
+            restores: 0,
         }
     }
 
@@ -639,7 +676,11 @@ impl Connection {
 /// The command that is process 1, when one is.
 fn first_process(connections: &[Option<Connection>]) -> Option<BorrowedFd<'_>> {
     connections.iter().flatten().find_map(|connection| match &connection.stage {
-        Stage::Running(session) | Stage::Abandoned(session) if session.is_first() => session.process(),
+        Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session)
+            if session.is_first() =>
+        {
+            session.process()
+        }
         _ => None,
     })
 }

@@ -182,6 +182,13 @@ impl Session {
         self.outputs.iter_mut().for_each(Output::close);
     }
 
+    /// Leaves the command to itself: it goes on, what it writes is lost, and it waits for what nobody types.
+    pub(crate) fn detach(&mut self) {
+        for output in &mut self.outputs {
+            output.lost = true;
+        }
+    }
+
     /// Whether the process has ended and been reaped.
     pub(crate) fn has_ended(&self) -> bool {
         self.ended.is_some()

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kiln_agent::listen::Listener;
 use kiln_agent::power::Power;
@@ -27,6 +28,9 @@ const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001:App:/home/a
 const GROUP: &str = "root:x:0:\nwheel:x:10:app\napps:x:1001:\naudio:x:29:app\n";
 /// A file system that is there only for the test: mounted over this directory in its own namespace.
 const ROOT: &str = "/mnt";
+
+/// How long an agent may be silent, however busy the host: a test that waits longer has failed.
+pub(crate) const ANSWERED_WITHIN: Duration = Duration::from_mins(1);
 
 /// A running agent. Dropping it powers it off, and waits for that.
 pub(crate) struct Guest {
@@ -110,6 +114,7 @@ impl Guest {
 
     pub(crate) fn connect(&self) -> Stream {
         let socket = UnixStream::connect(&self.socket).expect("the agent listens");
+        socket.set_read_timeout(Some(ANSWERED_WITHIN)).expect("a socket");
         Stream { socket, granted: [INITIAL_CREDIT_BYTES; 2] }
     }
 

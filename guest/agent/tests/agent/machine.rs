@@ -12,7 +12,7 @@ use kiln_protocol::mailbox::{ACKNOWLEDGED_AT, GENERATION_BYTES, Generation};
 use kiln_protocol::{Call, Park, power};
 use rustix::fs::MemfdFlags;
 
-use crate::guest::{Guest, Stream};
+use crate::guest::{ANSWERED_WITHIN, Guest, Stream};
 
 /// A machine around an agent.
 pub(crate) struct Machine {
@@ -32,6 +32,8 @@ impl Machine {
             let agents: OwnedFd = agents.into();
             Power::on_socket(agents, Mailbox::in_file(&theirs).expect("a mapping"))
         };
+        // An agent that cannot park answers instead, where nobody listens.
+        device.set_read_timeout(Some(ANSWERED_WITHIN)).expect("a socket");
         (Self { device, mailbox }, power)
     }
 

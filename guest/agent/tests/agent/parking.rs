@@ -13,7 +13,7 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-use crate::guest::{Guest, Stream, make_root, own_mounts, sh};
+use crate::guest::{Guest, Stream, exec, make_root, own_mounts, sh};
 use crate::machine::{Machine, generation};
 use crate::setup::Booted;
 
@@ -134,6 +134,27 @@ fn the_connections_of_running_commands_stay_and_all_others_are_closed() {
     }
     machine.go_on();
     assert_answers(&mut stream);
+}
+
+#[test]
+fn a_command_outlives_the_connection_of_an_earlier_life() {
+    for reaper in [false, true] {
+        let (guest, mut machine) = machine(reaper);
+        let script = "while :; do echo; echo >> /host/count; done";
+        let mut stream = guest.start(sh(script));
+        stream.read_until("\n");
+        machine.restore(&guest, &generation(1));
+        drop(stream);
+        // It writes more than any pipe holds.
+        guest
+            .sh("c=$(wc -l < /host/count); while [ $(wc -l < /host/count) -lt $((c + 100000)) ]; do :; done")
+            .text();
+        // One of this life does not.
+        let mut stream = guest.start(exec(["flock", "/tmp/lock", "sh", "-c", "echo ready; sleep 1000"]));
+        stream.read_until("ready");
+        drop(stream);
+        assert_eq!(guest.sh("flock /tmp/lock echo free").text(), "free\n");
+    }
 }
 
 #[test]
