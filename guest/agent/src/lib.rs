@@ -16,6 +16,7 @@ extern crate alloc;
 
 mod adopt;
 mod command;
+mod connection;
 mod failure;
 mod files;
 mod freezer;

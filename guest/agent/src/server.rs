@@ -22,22 +22,20 @@ use alloc::vec::Vec;
 
 use kiln_protocol::frame::{self, Kind, ToAgent};
 use kiln_protocol::mailbox::GENERATION_BYTES;
-use kiln_protocol::{
-    Call, Done, Exec, Failed, Outcome, PowerOff, Reader, Reply, Setup, Started, Welcome, power,
-};
+use kiln_protocol::{Call, Done, Exec, Failed, Outcome, PowerOff, Setup, Started, Welcome, power};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::net::SendFlags;
 use rustix::time::Timespec;
 
 use crate::adopt::{Moment, Rate, adopt};
+use crate::connection::{Connection, Next, Stage, data, source};
 use crate::failure::{internal, invalid, text};
 use crate::freezer::Frozen;
 use crate::identity::Life;
 use crate::listen::Listener;
 use crate::power::{Power, Taken};
-use crate::session::{Registrar, Session, Source, Violation, one_shot};
+use crate::session::{Registrar, Session, Violation, one_shot};
 use crate::workload::{Place, Workload};
 use crate::{hooks, mounts};
 
@@ -45,8 +43,6 @@ use crate::{hooks, mounts};
 const MAX_CONNECTIONS: usize = 64;
 /// The most events taken at a time.
 const MAX_EVENTS: usize = 32;
-/// What a buffer may keep between uses.
-const KEPT_BYTES: usize = 80 << 10;
 /// The longest a power-off waits for processes before it kills them.
 const MAX_GRACE_MS: u64 = 10 * 60 * 1000;
 
@@ -114,49 +110,6 @@ struct Stopping {
     grace: Option<OwnedFd>,
     /// The reaper knows that no command is left.
     commands_have_ended: bool,
-}
-
-struct Connection {
-    socket: OwnedFd,
-    reader: Reader,
-    /// There may be something to read.
-    readable: bool,
-    /// The peer has closed its side: what is left ends with an end of file.
-    hung_up: bool,
-    /// The socket took all it was last given.
-    writable: bool,
-    /// The event loop tells when it takes more again.
-    watched: bool,
-    out: Vec<u8>,
-    /// How much of `out` has been sent.
-    sent: usize,
-    stage: Stage,
-    /// How often the guest had been restored when the command started.
-    restores: u64,
-}
-
-enum Stage {
-    /// The request has not come yet, or its answer is not known yet.
-    Asking,
-    /// A command runs.
-    Running(Session),
-    /// The peer is gone; the command has been killed and is to be reaped.
-    Abandoned(Session),
-    /// The peer was another guest's; the command runs on.
-    Detached(Session),
-    /// Everything is said; the connection closes when it is sent.
-    Answered,
-}
-
-/// What a connection does next.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Next {
-    /// Waits for an event.
-    Wait,
-    /// Could go on at once.
-    Again,
-    /// Is over.
-    Close,
 }
 
 impl<'a> Agent<'a> {
@@ -599,80 +552,6 @@ impl<'a> Agent<'a> {
     }
 }
 
-impl Connection {
-    fn new(socket: OwnedFd) -> Self {
-        Self {
-            socket,
-            reader: Reader::default(),
-            readable: false,
-            hung_up: false,
-            writable: true,
-            watched: false,
-            out: Vec::new(),
-            sent: 0,
-            stage: Stage::Asking,
-            restores: 0,
-        }
-    }
-
-    /// Reads once, as much as there is room for.
-    fn receive(&mut self) -> Result<(), Violation> {
-        if !self.readable {
-            return Ok(());
-        }
-        let space = self.reader.space();
-        let room = space.len();
-        match rustix::io::read(&self.socket, space) {
-            Ok(0) => Err(Violation),
-            Ok(bytes) => {
-                self.reader.filled(bytes);
-                // A short read emptied the socket; epoll(7), question 9.
-                self.readable = bytes == room || self.hung_up;
-                Ok(())
-            }
-            Err(Errno::AGAIN) => {
-                self.readable = false;
-                Ok(())
-            }
-            Err(Errno::INTR) => Ok(()),
-            Err(_) => Err(Violation),
-        }
-    }
-
-    fn answer(&mut self, outcome: Outcome) {
-        if !matches!(outcome, Outcome::Started(_)) {
-            self.stage = Stage::Answered;
-        }
-        frame::append_message(&mut self.out, Kind::Reply, &Reply { outcome: Some(outcome) });
-    }
-
-    /// Sends what waits, as far as the socket takes it.
-    fn send(&mut self, epoll: impl AsFd, slot: usize) -> Result<(), Violation> {
-        while self.writable && self.sent < self.out.len() {
-            match rustix::net::send(&self.socket, &self.out[self.sent..], SendFlags::NOSIGNAL) {
-                Ok(bytes) => self.sent += bytes,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    self.writable = false;
-                    if !self.watched {
-                        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-                        epoll::modify(&epoll, &self.socket, data(slot, None), flags)
-                            .map_err(|_| Violation)?;
-                        self.watched = true;
-                    }
-                }
-                Err(_) => return Err(Violation),
-            }
-        }
-        if self.sent == self.out.len() {
-            self.sent = 0;
-            self.out.clear();
-            self.out.shrink_to(KEPT_BYTES);
-        }
-        Ok(())
-    }
-}
-
 /// The command that is process 1, when one is.
 fn first_process(connections: &[Option<Connection>]) -> Option<BorrowedFd<'_>> {
     connections.iter().flatten().find_map(|connection| match &connection.stage {
@@ -688,27 +567,4 @@ fn first_process(connections: &[Option<Connection>]) -> Option<BorrowedFd<'_>> {
 fn welcome() -> Welcome {
     let kernel = rustix::system::uname().release().to_string_lossy().to_string();
     Welcome { version: env!("CARGO_PKG_VERSION").to_string(), kernel }
-}
-
-fn data(slot: usize, source: Option<Source>) -> EventData {
-    let source = match source {
-        None => 0,
-        Some(Source::Child) => 1,
-        Some(Source::Timer) => 2,
-        Some(Source::Stdin) => 3,
-        Some(Source::Stdout) => 4,
-        Some(Source::Stderr) => 5,
-    };
-    EventData::new_u64((slot as u64) << 8 | source)
-}
-
-fn source(data: u64) -> Option<Source> {
-    Some(match data & 0xff {
-        1 => Source::Child,
-        2 => Source::Timer,
-        3 => Source::Stdin,
-        4 => Source::Stdout,
-        5 => Source::Stderr,
-        _ => return None,
-    })
 }

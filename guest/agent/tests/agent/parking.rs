@@ -282,7 +282,7 @@ fn the_clock_is_set_to_when_the_guest_went_on() {
     let (guest, mut machine) = machine(false);
     machine.park(&guest);
     // Tells when somebody sets the clock; that it is right now already is no matter.
-    let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::empty()).expect("a timer");
+    let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::NONBLOCK).expect("a timer");
     let never = Timespec { tv_sec: 0, tv_nsec: 0 };
     let far = Itimerspec {
         it_interval: never,
