@@ -221,7 +221,7 @@ impl Saved {
     /// When it cannot, or does not acknowledge.
     pub fn claim(&self, generation: &Generation) -> Result<(Guest, Claimed)> {
         let start = Instant::now();
-        let (paused, ports, console, rung, shell_made) = self.copy()?;
+        let (mut paused, ports, console, rung, shell_made) = self.copy()?;
         paused.put_mail(&generation.encode())?;
         let ready = Instant::now();
         let machine = paused.resume()?;
