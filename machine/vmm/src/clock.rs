@@ -8,6 +8,15 @@ pub struct Nanoseconds(pub u64);
 
 /// Now.
 pub fn monotonic() -> Nanoseconds {
-    let now = clock_gettime(ClockId::Monotonic);
+    read(ClockId::Monotonic)
+}
+
+/// What the host's wall clock says, since 1970-01-01 UTC.
+pub(crate) fn realtime() -> Nanoseconds {
+    read(ClockId::Realtime)
+}
+
+fn read(clock: ClockId) -> Nanoseconds {
+    let now = clock_gettime(clock);
     Nanoseconds(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
 }

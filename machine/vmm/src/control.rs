@@ -38,13 +38,16 @@ pub(crate) struct Control<K> {
     kicks: Vec<K>,
     /// Readable once the machine has ended.
     ended: OwnedFd,
+    /// Readable when the guest has paused the machine.
+    parked: OwnedFd,
 }
 
 impl<K: Kick> Control<K> {
     /// A paused machine's control word; `kicks` are those of all its vCPUs.
     pub(crate) fn new(kicks: Vec<K>) -> std::io::Result<Self> {
         let ended = eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Self { word: AtomicU32::new(PAUSED), end: Mutex::new(None), kicks, ended })
+        let parked = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { word: AtomicU32::new(PAUSED), end: Mutex::new(None), kicks, ended, parked })
     }
 
     /// Whether the machine has ended.
@@ -64,6 +67,24 @@ impl<K: Kick> Control<K> {
             self.kicks.iter().for_each(Kick::kick);
         }
         paused
+    }
+
+    /// The same, because the guest asks for it.
+    pub(crate) fn park(&self) {
+        if self.pause() {
+            // The counter is small, so this neither blocks nor fails.
+            let _ = rustix::io::write(&self.parked, &1_u64.to_ne_bytes());
+        }
+    }
+
+    /// Whether the guest has paused the machine since this was last asked.
+    pub(crate) fn take_parked(&self) -> bool {
+        rustix::io::read(&self.parked, &mut [0; 8]).is_ok()
+    }
+
+    /// Readable when the guest has paused the machine.
+    pub(crate) fn parked_fd(&self) -> BorrowedFd<'_> {
+        self.parked.as_fd()
     }
 
     /// Lets vCPUs run. One that has ended stays so.

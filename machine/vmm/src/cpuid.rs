@@ -6,6 +6,7 @@
 //! Linux `Documentation/virt/kvm/x86/cpuid.rst` "KVM CPUID bits".
 
 use kiln_hypervisor::CpuidEntry;
+use kiln_support::digest::{Digest, Hasher};
 
 const LEAF_FEATURES: u32 = 1;
 const LEAF_CACHES: u32 = 4;
@@ -44,6 +45,20 @@ const ECX_AMD_PERFCTR_LLC: u32 = 1 << 28;
 const EAX_KVM_HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
 /// TLB flushes that leave out vCPUs which do not run; the guest learns that with steal time, which it is told not to use.
 const EAX_KVM_PV_TLB_FLUSH: u32 = 1 << 9;
+
+/// What every guest of this host is told of its processor, whatever its shape and however fast its clock: a machine saved where
+/// this is the same finds every instruction it may be using.
+pub fn class(supported: &[CpuidEntry], on_pvm: bool) -> Digest {
+    let mut hasher = Hasher::new();
+    hasher.update(&[u8::from(on_pvm)]);
+    for entry in for_vcpu(supported, 0, 1, 0, on_pvm) {
+        let CpuidEntry { leaf, subleaf, has_subleaf, eax, ebx, ecx, edx } = entry;
+        for word in [leaf, subleaf, has_subleaf.into(), eax, ebx, ecx, edx] {
+            hasher.update(&word.to_le_bytes());
+        }
+    }
+    hasher.finish()
+}
 
 /// The core-type number of a topology level.
 const LEVEL_THREAD: u32 = 1;
@@ -237,6 +252,20 @@ mod tests {
             for_vcpu(&[leaf(LEAF_HYPERVISOR, 0, [LEAF_HYPERVISOR + 1, 0, 0, 0])], 0, 1, 2_345_678, false);
         assert_eq!(find(&leaves, LEAF_HYPERVISOR)[0].eax, LEAF_HYPERVISOR_TIMING);
         assert_eq!(find(&leaves, LEAF_HYPERVISOR_TIMING)[0].eax, 2_345_678);
+    }
+
+    #[test]
+    fn a_class_is_what_the_processor_can_do() {
+        let host = [leaf(1, 0, [1, 0x0001_0800, 2, 3]), leaf(7, 0, [0, 4, 5, 6])];
+        assert_eq!(class(&host, false), class(&host, false));
+        assert_ne!(class(&host, false), class(&host, true));
+        let mut other = host;
+        other[1].ebx ^= 1 << 5;
+        assert_ne!(class(&host, false), class(&other, false));
+        // On which of its processors the host was asked.
+        other = host;
+        other[0].ebx ^= 0xff << 24;
+        assert_eq!(class(&host, false), class(&other, false));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! 0x0000_6000  PVH start info, module list and memory map
 //! 0x0000_7000  boot parameters ("zero page")
 //! 0x0000_9000  page tables of the 64-bit boot protocol
+//! 0x0001_0000  mailbox, reserved
 //! 0x0002_0000  kernel command line
 //! 0x0009_fc00  MP table, where the kernel looks for it (the extended BIOS data area)
 //! 0x0010_0000  the kernel and, at the end of low RAM, the initramfs
@@ -26,6 +27,11 @@ pub(crate) const START_INFO: Gpa = Gpa(0x6000);
 pub(crate) const ZERO_PAGE: Gpa = Gpa(0x7000);
 /// Page tables that map the first 4 GiB at their own addresses.
 pub(crate) const PAGE_TABLES: Gpa = Gpa(0x9000);
+/// Where a restored guest finds its generation; RAM that the guest kernel is told to leave alone. Part of the contract with the
+/// guest: `kiln_protocol::mailbox::GPA` is the same address.
+pub const MAILBOX: Gpa = Gpa(0x1_0000);
+/// The bytes set aside for it.
+pub const MAILBOX_BYTES: u64 = 0x1_0000;
 /// The kernel's command line.
 pub(crate) const COMMAND_LINE: Gpa = Gpa(0x2_0000);
 /// The MP table; RAM the guest may use ends here.

@@ -82,7 +82,7 @@ impl<H: Hypervisor> Machine<H> {
     /// # Errors
     /// The machine itself when it has ended meanwhile.
     pub fn pause(mut self) -> Result<Paused<H>, Self> {
-        if !self.shared.control.pause() {
+        if !self.shared.control.pause() && !self.shared.control.is_paused() {
             return Err(self);
         }
         let vcpus: Vec<_> =
@@ -92,6 +92,12 @@ impl<H: Hypervisor> Machine<H> {
         }
         self.shared.devices.pause();
         Ok(Paused { machine: self, vcpus })
+    }
+
+    /// Readable when the guest has parked itself: its vCPUs stand still, or will in moments, and [`pause`](Self::pause) takes
+    /// the machine as it is.
+    pub fn parked_fd(&self) -> BorrowedFd<'_> {
+        self.shared.control.parked_fd()
     }
 
     /// Readable once the machine has ended.
@@ -233,10 +239,18 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
         match request {
             power::Request::PowerOff(0) => self.control.end(EndReason::PowerOff, ""),
             power::Request::PowerOff(code) => self.control.end(EndReason::PowerOff, format!("code {code}")),
+            power::Request::Notice(power::NOTICE_NOT_ADOPTED) => {
+                self.control.end(EndReason::Panic, "the restored guest could not take on its identity");
+            }
             power::Request::Notice(code) => {
                 self.control.end(EndReason::Panic, format!("the guest gave up, code {code}"));
             }
-            power::Request::Doorbell(phase) => (self.observer)(Notice::Doorbell(phase, monotonic())),
+            power::Request::Doorbell(phase) => {
+                if phase == power::PHASE_PARKED {
+                    self.control.park();
+                }
+                (self.observer)(Notice::Doorbell(phase, monotonic()));
+            }
         }
     }
 

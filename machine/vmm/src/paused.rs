@@ -7,7 +7,11 @@ use kiln_virtio::Device;
 use crate::console::Console;
 use crate::devices::{DeviceError, Devices, DevicesState};
 use crate::machine::{Machine, Observer, VcpuOf};
+use crate::mailbox::{self, Id as MailId, MailError};
 use crate::shell::{Shape, Shell};
+
+/// By how much a clock may run at another speed: what hosts of one kind differ by, and no program notices.
+const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// A machine between two instructions. Dropping it ends it.
 pub struct Paused<H: Hypervisor> {
@@ -22,6 +26,8 @@ pub struct MachineState {
     pub shape: Shape,
     /// The guest's clock in nanoseconds since it was made.
     pub clock_ns: u64,
+    /// The rate of its time stamp counters in kHz.
+    pub tsc_khz: u32,
     /// Its vCPUs in order.
     pub vcpus: Vec<VcpuState>,
     /// Its devices.
@@ -49,6 +55,14 @@ pub enum RestoreError {
         expected: Shape,
         /// What there is.
         found: Shape,
+    },
+    /// Its clocks would run at another speed.
+    #[error("the machine's time stamp counter ran at {expected} kHz and would run at {found} kHz here")]
+    Clock {
+        /// Before.
+        expected: u32,
+        /// Here.
+        found: u32,
     },
     /// There is not one saved state for each vCPU.
     #[error("{0} saved vCPUs")]
@@ -78,7 +92,16 @@ impl<H: Hypervisor> Paused<H> {
         let clock_ns = self.machine.vm.clock_ns()?;
         let vcpus = self.vcpus.iter_mut().map(Vcpu::save).collect::<Result<_, _>>()?;
         let devices = self.machine.shared.devices.save().map_err(SaveError::InFlight)?;
-        Ok(MachineState { shape: self.machine.shape, clock_ns, vcpus, devices })
+        let tsc_khz = self.vcpus.first().map_or(Ok(0), Vcpu::tsc_khz)?;
+        Ok(MachineState { shape: self.machine.shape, clock_ns, tsc_khz, vcpus, devices })
+    }
+
+    /// Leaves `generation`, as `kiln_protocol::mailbox` has it, for the parked agent to find when the machine goes on.
+    ///
+    /// # Errors
+    /// [`MailError`]
+    pub fn put_mail(&self, generation: &[u8]) -> Result<MailId, MailError> {
+        mailbox::put(&self.machine.memory, generation)
     }
 
     /// Makes of `shell`, whose memory has what was saved, the machine that `state` describes. `virtio` are devices like its own,
@@ -98,6 +121,12 @@ impl<H: Hypervisor> Paused<H> {
         }
         if state.vcpus.len() != usize::from(state.shape.vcpus()) {
             return Err(RestoreError::Vcpus(state.vcpus.len()));
+        }
+        let tsc_khz = shell.vcpus.first().map_or(Ok(0), Vcpu::tsc_khz)?;
+        if u64::from(tsc_khz.abs_diff(state.tsc_khz)) * 1_000_000
+            > u64::from(state.tsc_khz) * TSC_TOLERANCE_PPM
+        {
+            return Err(RestoreError::Clock { expected: state.tsc_khz, found: tsc_khz });
         }
         let mut paused = Self::assemble(shell, console, observer, |ioapic, memory, console| {
             Devices::restore(console, ioapic, memory, virtio, &state.devices).map_err(RestoreError::Device)

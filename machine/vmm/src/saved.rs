@@ -48,6 +48,7 @@ impl MachineState {
             memory_mib: self.shape.memory_mib(),
             vcpus: self.shape.vcpus().into(),
             clock_ns: self.clock_ns,
+            tsc_khz: self.tsc_khz,
             virtio: self.devices.virtio.len() as u32,
         };
         let mut sections = vec![section("machine".into(), &machine)];
@@ -90,7 +91,7 @@ impl MachineState {
             return Err(SectionError::Unknown(section.name.clone()));
         }
         let devices = DevicesState { serial, ioapic, virtio };
-        Ok(Self { shape, clock_ns: machine.clock_ns, vcpus, devices })
+        Ok(Self { shape, clock_ns: machine.clock_ns, tsc_khz: machine.tsc_khz, vcpus, devices })
     }
 }
 
@@ -126,6 +127,8 @@ struct MachineMessage {
     clock_ns: u64,
     #[prost(uint32, tag = "4")]
     virtio: u32,
+    #[prost(uint32, tag = "5")]
+    tsc_khz: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -653,6 +656,7 @@ mod tests {
         MachineState {
             shape: Shape::new(256, 2).expect("a shape"),
             clock_ns: 123_456_789,
+            tsc_khz: 2_345_678,
             vcpus: vec![vcpu.clone(), VcpuState { run_state: 1, ..vcpu }],
             devices: DevicesState {
                 serial: SerialState { divisor: [1, 2], fifo: true, scratch: 9, ..SerialState::default() },
@@ -700,7 +704,7 @@ mod tests {
 
     #[test]
     fn an_impossible_shape_is_refused() {
-        let message = MachineMessage { memory_mib: 63, vcpus: 1, clock_ns: 0, virtio: 0 };
+        let message = MachineMessage { memory_mib: 63, vcpus: 1, clock_ns: 0, virtio: 0, tsc_khz: 0 };
         let sections = [section("machine".into(), &message)];
         assert_eq!(MachineState::from_sections(&sections), Err(SectionError::Shape(ShapeError::Memory(63))));
     }

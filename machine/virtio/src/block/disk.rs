@@ -129,6 +129,9 @@ pub struct Extent {
 pub struct Disk {
     /// Each extent with its first byte's place on the disk, ascending.
     extents: Vec<(u64, Extent)>,
+    /// What there is something behind.
+    backed_bytes: u64,
+    /// What the guest sees.
     bytes: u64,
     read_only: bool,
 }
@@ -153,6 +156,33 @@ impl Disk {
         Self::new(vec![extent], false)
     }
 
+    /// The disk as one of `bytes`, which is no less than it has. What is behind its extents reads as zeros and cannot be
+    /// written.
+    ///
+    /// A machine saved with one disk can so be restored with another in its place, and its driver sees no change.
+    ///
+    /// # Errors
+    /// [`DiskError::Shape`] when the disk has more, or `bytes` is not made of whole pages.
+    pub fn with_capacity(self, bytes: u64) -> Result<Self, DiskError> {
+        if bytes < self.backed_bytes
+            || !bytes.is_multiple_of(EXTENT_ALIGNMENT_BYTES)
+            || i64::try_from(bytes).is_err()
+        {
+            return Err(DiskError::Shape(
+                "a disk's capacity is made of whole pages and holds all its extents",
+            ));
+        }
+        Ok(Self { bytes, ..self })
+    }
+
+    /// A disk of `bytes` with nothing behind it.
+    ///
+    /// # Errors
+    /// As [`Disk::with_capacity`].
+    pub fn empty(bytes: u64, read_only: bool) -> Result<Self, DiskError> {
+        Self { extents: Vec::new(), backed_bytes: 0, bytes: 0, read_only }.with_capacity(bytes)
+    }
+
     fn new(extents: Vec<Extent>, read_only: bool) -> Result<Self, DiskError> {
         if extents.is_empty() || extents.len() > MAX_EXTENTS {
             return Err(DiskError::Shape("a disk has 1 to 1024 extents"));
@@ -173,12 +203,17 @@ impl Disk {
             placed.push((bytes, extent));
             bytes = end;
         }
-        Ok(Self { extents: placed, bytes, read_only })
+        Ok(Self { extents: placed, backed_bytes: bytes, bytes, read_only })
     }
 
-    /// The size in bytes.
+    /// The size in bytes, as the guest sees it.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// How much of it can be written, when any of it can.
+    pub(super) fn backed_bytes(&self) -> u64 {
+        self.backed_bytes
     }
 
     /// Whether the guest may not write.
@@ -202,6 +237,7 @@ impl Disk {
             }
             .map_err(|failure| failure.of(piece.index))?;
         }
+        into.fill_with_zeros();
         Ok(())
     }
 
@@ -212,7 +248,7 @@ impl Disk {
         }
     }
 
-    /// Writes all of `from` at `offset`, a range inside a writable disk.
+    /// Writes all of `from` at `offset`, a range inside what a writable disk has.
     pub(super) fn write(&self, offset: u64, mut from: Slices<'_>) -> Result<(), DiskFault> {
         for piece in self.pieces(offset, from.len() as u64) {
             from.take(piece.bytes as usize)
@@ -222,7 +258,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Makes a range inside a writable disk read as zeros; `keep_space` so that writing there later needs none.
+    /// Makes a range inside what a writable disk has read as zeros; `keep_space` so that writing there later needs none.
     pub(super) fn zero(&self, offset: u64, bytes: u64, keep_space: bool) -> Result<(), DiskFault> {
         let how = if keep_space { FallocateFlags::ZERO_RANGE } else { FallocateFlags::PUNCH_HOLE };
         for piece in self.pieces(offset, bytes) {

@@ -82,7 +82,7 @@ impl<'m> Request<'m> {
     pub(super) fn reads(&self, disk: &Disk) -> Option<(u64, u64)> {
         let bytes = self.room.len();
         (self.kind == T_IN)
-            .then(|| range(disk, self.sector, bytes).ok())
+            .then(|| range(disk.bytes(), self.sector, bytes).ok())
             .flatten()
             .map(|at| (at, bytes as u64))
     }
@@ -116,16 +116,16 @@ impl<'m> Request<'m> {
     }
 }
 
-/// Where on the disk `bytes` from `sector` on are.
-fn range(disk: &Disk, sector: u64, bytes: usize) -> Result<u64, Failure> {
+/// Where on the disk `bytes` from `sector` on are, when that is before `limit`.
+fn range(limit: u64, sector: u64, bytes: usize) -> Result<u64, Failure> {
     let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Failure::Refused)?;
     let end = offset.checked_add(bytes as u64).ok_or(Failure::Refused)?;
     let whole = (bytes as u64).is_multiple_of(SECTOR_BYTES);
-    if whole && bytes <= MAX_DATA_BYTES && end <= disk.bytes() { Ok(offset) } else { Err(Failure::Refused) }
+    if whole && bytes <= MAX_DATA_BYTES && end <= limit { Ok(offset) } else { Err(Failure::Refused) }
 }
 
 fn read(target: &Target<'_>, sector: u64, room: Slices<'_>, scratch: &mut Vec<u8>) -> Result<(), Failure> {
-    let offset = range(target.disk, sector, room.len())?;
+    let offset = range(target.disk.bytes(), sector, room.len())?;
     target.disk.read(offset, room, scratch).map_err(Failure::Fault)
 }
 
@@ -133,7 +133,7 @@ fn write(target: &Target<'_>, sector: u64, data: Slices<'_>) -> Result<(), Failu
     if target.disk.is_read_only() {
         return Err(Failure::Refused);
     }
-    let offset = range(target.disk, sector, data.len())?;
+    let offset = range(target.disk.backed_bytes(), sector, data.len())?;
     target.disk.write(offset, data).map_err(Failure::Fault)?;
     if target.write_through { target.disk.flush().map_err(Failure::Fault) } else { Ok(()) }
 }
@@ -160,7 +160,7 @@ fn zero(target: &Target<'_>, kind: u32, list: &Slices<'_>) -> Result<(), Failure
             return Err(Failure::Unsupported);
         }
         let end = sector.checked_add(u64::from(sectors)).ok_or(Failure::Refused)?;
-        if sectors > MAX_ZERO_SECTORS || end > target.disk.bytes() / SECTOR_BYTES {
+        if sectors > MAX_ZERO_SECTORS || end > target.disk.backed_bytes() / SECTOR_BYTES {
             return Err(Failure::Refused);
         }
         let keep_space = kind == T_WRITE_ZEROES && flags & UNMAP == 0;

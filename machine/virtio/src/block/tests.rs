@@ -715,3 +715,43 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_disk_may_seem_larger_than_it_is() {
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(8192).expect("space");
+    let extent = Extent {
+        file: Arc::new(DataFile::trusted(file.try_clone().expect("a descriptor"))),
+        offset: 0,
+        bytes: 8192,
+    };
+    let disk = Disk::writable(extent).and_then(|disk| disk.with_capacity(1 << 40)).expect("a disk");
+    let mut guest = Guest::start(disk);
+    assert_eq!(guest.driver.read(0x100), 1 << 31, "its size in sectors");
+    assert_eq!(guest.write(14, &[7; 1024]), OK);
+    // Across the end of what there is, behind it, and at the end of what there seems to be.
+    assert_eq!(
+        guest.read(14, 2048).map(|data| (data[..1024] == [7; 1024], data[1024..] == [0; 1024])),
+        Ok((true, true))
+    );
+    assert_eq!(guest.read(1 << 30, 512), Ok(vec![0; 512]));
+    assert_eq!(guest.read((1 << 31) - 1, 512), Ok(vec![0; 512]));
+    assert_eq!(guest.read(1 << 31, 512), Err(IOERR));
+    for sector in [15, 16, 1 << 30] {
+        assert_eq!(guest.write(sector, &[1; 1024]), IOERR, "{sector}");
+        assert_eq!(guest.zero(T_WRITE_ZEROES, &[(sector, 2, 0)]), IOERR, "{sector}");
+    }
+    assert_eq!(file.metadata().expect("metadata").len(), 8192);
+}
+
+#[test]
+fn a_disk_with_nothing_behind_it_is_zeros() {
+    for read_only in [true, false] {
+        let mut guest = Guest::start(Disk::empty(1 << 30, read_only).expect("a disk"));
+        assert_eq!(guest.read(0, 4096), Ok(vec![0; 4096]));
+        assert_eq!(guest.write(0, &[1; 512]), IOERR);
+        assert_eq!(guest.request(T_FLUSH, 0, &[], &[]).0, OK);
+        assert!(guest.faults().is_empty());
+    }
+    assert!(Disk::empty(4097, true).is_err());
+}

@@ -14,6 +14,14 @@ const MAGIC_VALUE: u32 = 0x4e4c_494b;
 pub(crate) const PHASE_STARTED: u32 = 1;
 /// The agent listens on its port.
 pub(crate) const PHASE_READY: u32 = 2;
+/// The agent is parked: the machine is to stand still.
+pub(crate) const PHASE_PARKED: u32 = 3;
+/// The agent has taken its mail.
+pub(crate) const PHASE_RESUMED: u32 = 4;
+/// The guest is who the mail says.
+pub(crate) const PHASE_ADOPTED: u32 = 5;
+/// A restored guest could not become who the mail says.
+pub(crate) const NOTICE_NOT_ADOPTED: u32 = 0x42;
 
 /// What the guest asked for by a store to the page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,34 +11,35 @@
 //!  │◀────────────────────── Ended │  and the process is gone
 //! ```
 //!
+//! `Restore` in the place of `Start` makes the machine of a snapshot. `supervise.rs` has what can be ordered of a machine that
+//! is there.
+//!
 //! When the host's end of the channel closes, for whatever reason, the process ends at once and its machine with it, so
 //! there is nothing to clean up after a host that died.
 
+mod failure;
 mod plan;
 mod probe;
+mod report;
+mod restore;
+mod supervise;
 
-use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use kiln_control::{
-    Blame, Booted, Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Event, Failed, Happened,
-    MAX_START_FDS, Ready, Start,
-};
-use kiln_hypervisor::{Hypervisor, Kvm};
-use kiln_virtio::{Device, Rng, Vsock, VsockPorts};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
+use kiln_control::{Channel, ChannelError, Command, Do, Happened, MAX_START_FDS, Restore, Start};
+use kiln_hypervisor::Kvm;
 
-use crate::boot::{self, BootError};
+use crate::boot;
 use crate::clock::{Nanoseconds, monotonic};
 use crate::console::Console;
-use crate::devices::power;
-use crate::machine::{Machine, Notice, StartError};
+use crate::machine::Machine;
 use crate::shell::{Shell, ShellError};
-use plan::Plan;
+use failure::Failure;
+use plan::{BootPlan, Devices, RestorePlan};
+use report::{Reporter, send};
+use supervise::{State, Supervisor};
 
 pub use probe::PROBE_ARGUMENT;
 
@@ -76,19 +77,42 @@ pub fn main() -> ExitCode {
 
 /// The life of one machine. An error is one of the channel.
 fn serve(channel: &Arc<Channel>, spawned: Nanoseconds) -> Result<(), ChannelError> {
-    let (start, files) = receive_start(channel)?;
-    let made = Plan::check(start, files).and_then(|plan| {
-        let kvm = Kvm::open().map_err(ShellError::from)?;
-        make(&kvm, plan, Reporter::new(channel, spawned))
-    });
-    match made {
-        Ok((machine, ports)) => supervise(channel, machine, &ports),
-        Err(failure) => send(channel, Happened::Failed(failure.into())),
+    let (order, files) = receive_order(channel)?;
+    let ordered = monotonic();
+    let reporter = Reporter::new(channel, spawned);
+    let kvm = match Kvm::open() {
+        Ok(kvm) => kvm,
+        Err(error) => return refuse(channel, ShellError::from(error).into()),
+    };
+    let supervisor = |ports| Supervisor { channel, kvm: &kvm, ports, reporter: Arc::clone(&reporter) };
+    match order {
+        Order::Start(start) => {
+            match BootPlan::check(start, files).and_then(|plan| boot(&kvm, plan, &reporter)) {
+                Ok((machine, ports)) => supervisor(ports).run(State::Running(machine)),
+                Err(failure) => refuse(channel, failure),
+            }
+        }
+        Order::Restore(restore) => {
+            match RestorePlan::check(restore, files).and_then(|plan| restore::restore(&kvm, plan, &reporter))
+            {
+                Ok((paused, ports)) => {
+                    let supervisor = supervisor(ports);
+                    supervisor.run(supervisor.enter(paused, ordered)?)
+                }
+                Err(failure) => refuse(channel, failure),
+            }
+        }
     }
 }
 
+/// What a monitor is for.
+enum Order {
+    Start(Start),
+    Restore(Restore),
+}
+
 /// The order for the machine, with all its files.
-fn receive_start(channel: &Channel) -> Result<(Start, Vec<OwnedFd>), ChannelError> {
+fn receive_order(channel: &Channel) -> Result<(Order, Vec<OwnedFd>), ChannelError> {
     let mut files = Vec::new();
     loop {
         let (command, beside) = channel.receive::<Command>()?;
@@ -98,217 +122,36 @@ fn receive_start(channel: &Channel) -> Result<(Start, Vec<OwnedFd>), ChannelErro
         }
         match command.call {
             Some(Do::Files(_)) => {}
-            Some(Do::Start(start)) => return Ok((start, files)),
-            _ => return Err(ChannelError::Malformed("the first command must be Start")),
+            Some(Do::Start(start)) => return Ok((Order::Start(start), files)),
+            Some(Do::Restore(restore)) => return Ok((Order::Restore(restore), files)),
+            _ => return Err(ChannelError::Malformed("the first command must be Start or Restore")),
         }
     }
 }
 
+fn refuse(channel: &Channel, failure: Failure) -> Result<(), ChannelError> {
+    send(channel, Happened::Failed(failure.into()))
+}
+
 /// Makes the machine and enters the guest.
-fn make<H: Hypervisor>(
-    hypervisor: &H,
-    plan: Plan,
-    reporter: Reporter,
-) -> Result<(Machine<H>, VsockPorts), Failure> {
-    let shell = Shell::create(hypervisor, plan.shape)?;
+fn boot(
+    kvm: &Kvm,
+    plan: BootPlan,
+    reporter: &Arc<Reporter>,
+) -> Result<(Machine<Kvm>, kiln_virtio::VsockPorts), Failure> {
+    let shell = Shell::create(kvm, plan.shape)?;
     let kernel = boot::load_kernel(shell.memory(), &plan.kernel)?;
-
-    let mut devices: Vec<Box<dyn Device>> = plan.disks;
-    let (vsock, ports) = Vsock::new(plan.cid);
-    devices.push(Box::new(vsock));
-    devices.push(Box::new(Rng::new()));
-
+    let Devices { virtio, ports } = plan.devices;
     let entry = boot::prepare(
         shell.memory(),
         &kernel,
         Some(&plan.initramfs),
         plan.shape,
-        devices.len(),
+        virtio.len(),
         &plan.command_line,
     )?;
     let console =
         Console::new(plan.console).map_err(|error| Failure::host("cannot start the console", &error))?;
-    let machine =
-        Machine::start(shell, &entry, console, devices, Box::new(move |notice| reporter.report(notice)))?;
-    Ok((machine, ports))
-}
-
-/// Serves the host until the machine has ended.
-fn supervise<H: Hypervisor>(
-    channel: &Channel,
-    machine: Machine<H>,
-    ports: &VsockPorts,
-) -> Result<(), ChannelError> {
-    while wait(channel, &machine)? == Woken::Command {
-        let (command, files) = channel.receive::<Command>()?;
-        match command.call {
-            Some(Do::Connect(connect)) => connect_port(ports, &connect, files),
-            Some(Do::Stop(_)) => machine.stop(),
-            Some(_) | None => {
-                return Err(ChannelError::Malformed("only Connect and Stop may follow Start"));
-            }
-        }
-    }
-    let (end, console) = machine.wait();
-    let console = match end.reason {
-        EndReason::PowerOff => Vec::new(),
-        // A host that gave up on a guest that hangs wants to know where it hung.
-        EndReason::Reset | EndReason::Panic | EndReason::Crash | EndReason::Stopped => {
-            console.tail(CONSOLE_TAIL_BYTES)
-        }
-    };
-    send(channel, Happened::Ended(Ended { reason: end.reason.into(), detail: end.detail, console }))
-}
-
-/// Connects the one socket beside the command to a port of the guest. Whatever goes wrong closes the socket, which is
-/// what the host sees.
-fn connect_port(ports: &VsockPorts, connect: &Connect, files: Vec<OwnedFd>) {
-    let Ok([socket]) = <[OwnedFd; 1]>::try_from(files) else { return };
-    if let Err(error) = ports.connect(connect.port, socket) {
-        eprintln!("{PROGRAM_NAME}: port {}: {error}", connect.port);
-    }
-}
-
-/// What ended a wait.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Woken {
-    /// There is something to read from the host, perhaps its end.
-    Command,
-    /// The machine has ended.
-    End,
-}
-
-/// Waits for the host or the machine's end, whichever comes first; the end first when both are there.
-fn wait<H: Hypervisor>(channel: &Channel, machine: &Machine<H>) -> Result<Woken, ChannelError> {
-    let ended = machine.ended_fd();
-    loop {
-        let mut fds = [PollFd::new(&ended, PollFlags::IN), PollFd::new(channel, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) if !fds[0].revents().is_empty() => return Ok(Woken::End),
-            Ok(_) => return Ok(Woken::Command),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-}
-
-/// Tells the host what a running machine reports.
-struct Reporter {
-    channel: Arc<Channel>,
-    spawned: Nanoseconds,
-    agent_started: AtomicU64,
-    is_ready: AtomicBool,
-}
-
-impl Reporter {
-    fn new(channel: &Arc<Channel>, spawned: Nanoseconds) -> Self {
-        Self {
-            channel: Arc::clone(channel),
-            spawned,
-            agent_started: AtomicU64::new(0),
-            is_ready: AtomicBool::new(false),
-        }
-    }
-
-    fn report(&self, notice: Notice) {
-        let happened = match notice {
-            Notice::Entered(at) => Happened::Booted(Booted { spawned_ns: self.spawned.0, entered_ns: at.0 }),
-            Notice::Doorbell(power::PHASE_STARTED, at) => {
-                // The first ring counts.
-                let _ = self.agent_started.compare_exchange(0, at.0, Ordering::Relaxed, Ordering::Relaxed);
-                return;
-            }
-            // Once: a guest that rings on and on must not fill the channel.
-            Notice::Doorbell(power::PHASE_READY, at) if !self.is_ready.swap(true, Ordering::Relaxed) => {
-                let agent_started_ns = self.agent_started.load(Ordering::Relaxed);
-                Happened::Ready(Ready { agent_started_ns, ready_ns: at.0 })
-            }
-            Notice::Doorbell(..) => return,
-        };
-        // A host that is gone is noticed by the thread that reads from it.
-        let _ = send(&self.channel, happened);
-    }
-}
-
-fn send(channel: &Channel, happened: Happened) -> Result<(), ChannelError> {
-    channel.send(&Event { happened: Some(happened) }, &[])
-}
-
-/// Why a machine was not made, and who is to blame.
-#[derive(Debug, PartialEq, Eq)]
-struct Failure {
-    blame: Blame,
-    message: String,
-    hint: String,
-}
-
-impl Failure {
-    fn new(blame: Blame, message: impl Into<String>) -> Self {
-        Self { blame, message: message.into(), hint: String::new() }
-    }
-
-    fn host(what: &str, error: &dyn Error) -> Self {
-        Self::new(Blame::Host, format!("{what}: {}", with_causes(error)))
-    }
-
-    fn with_hint(self, hint: impl Into<String>) -> Self {
-        Self { hint: hint.into(), ..self }
-    }
-}
-
-impl From<BootError> for Failure {
-    fn from(error: BootError) -> Self {
-        let blame = if matches!(error, BootError::Read { .. }) { Blame::Host } else { Blame::Caller };
-        Self::new(blame, with_causes(&error)).with_hint(error.hint().unwrap_or_default())
-    }
-}
-
-impl From<ShellError> for Failure {
-    fn from(error: ShellError) -> Self {
-        let hint = if let ShellError::Hypervisor(error) = &error { hypervisor_hint(error) } else { "" };
-        Self::new(Blame::Host, with_causes(&error)).with_hint(hint)
-    }
-}
-
-impl From<StartError> for Failure {
-    fn from(error: StartError) -> Self {
-        Self::new(Blame::Host, with_causes(&error))
-    }
-}
-
-impl From<Failure> for Failed {
-    fn from(failure: Failure) -> Self {
-        Self { blame: failure.blame.into(), message: failure.message, hint: failure.hint }
-    }
-}
-
-/// What would help against an error of the hypervisor.
-fn hypervisor_hint(error: &kiln_hypervisor::Error) -> &'static str {
-    use kiln_hypervisor::Error;
-    use std::io::ErrorKind;
-    match error {
-        Error::Open { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
-            "add yourself to the group that owns /dev/kvm, usually kvm: sudo usermod -aG kvm $USER, then log in again"
-        }
-        Error::Open { source, .. } if source.kind() == ErrorKind::NotFound => {
-            "enable virtualization in the firmware and load kvm_intel or kvm_amd; in a VM, enable nested virtualization"
-        }
-        _ => "",
-    }
-}
-
-/// An error and what caused it, in one line.
-fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Some errors already say their cause.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
+    reporter.watches(shell.memory());
+    Ok((Machine::start(shell, &entry, console, virtio, reporter.observer())?, ports))
 }

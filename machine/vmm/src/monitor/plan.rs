@@ -1,4 +1,4 @@
-//! A `Start` command, checked whole before anything is done.
+//! An order for a machine, checked whole before anything is done.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -6,12 +6,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kiln_control::{Blame, Disk as DiskSpec, Extent as ExtentSpec, Start};
-use kiln_virtio::{Block, DataFile, Device, Disk, DiskError, DiskFault, Extent};
+use kiln_control::{Blame, Disk as DiskSpec, Extent as ExtentSpec, Restore, Start};
+use kiln_virtio::{Block, DataFile, Device, Disk, DiskError, DiskFault, Extent, Rng, Vsock, VsockPorts};
 
-use super::{Failure, PROGRAM_NAME, with_causes};
+use super::PROGRAM_NAME;
+use super::failure::{Failure, with_causes};
 use crate::layout::MAX_VIRTIO_DEVICES;
-use crate::shell::{Shape, ShapeError};
+use crate::shell::Shape;
 
 /// The devices every machine has beside its disks: vsock and rng.
 const OTHER_DEVICES: usize = 2;
@@ -19,45 +20,79 @@ const OTHER_DEVICES: usize = 2;
 /// VIRTIO 1.2 §5.10.4 "Device configuration layout".
 const GUEST_CIDS: std::ops::Range<u64> = 3..0xffff_ffff;
 
-/// What a machine is made of.
-pub(super) struct Plan {
+/// What a machine that boots is made of.
+pub(super) struct BootPlan {
     pub(super) shape: Shape,
     pub(super) kernel: File,
     pub(super) initramfs: File,
     pub(super) command_line: String,
-    pub(super) disks: Vec<Box<dyn Device>>,
+    pub(super) devices: Devices,
     pub(super) console: Option<OwnedFd>,
-    pub(super) cid: u64,
 }
 
-impl Plan {
+/// What a machine that is restored is made of.
+pub(super) struct RestorePlan {
+    pub(super) state: File,
+    pub(super) memory: File,
+    pub(super) devices: Devices,
+    pub(super) console: Option<OwnedFd>,
+    pub(super) generation: Vec<u8>,
+}
+
+/// The virtio devices in the order of their windows, and the host's side of the one for streams.
+pub(super) struct Devices {
+    pub(super) virtio: Vec<Box<dyn Device>>,
+    pub(super) ports: VsockPorts,
+}
+
+impl BootPlan {
     /// Checks `start` and the descriptors that came with it.
     pub(super) fn check(start: Start, files: Vec<OwnedFd>) -> Result<Self, Failure> {
         let shape = Shape::new(start.memory_mib, start.vcpus)?;
-        if !GUEST_CIDS.contains(&start.cid) {
-            return Err(Failure::new(Blame::Kiln, format!("{} is no context id for a guest", start.cid)));
-        }
-        if start.disks.len() + OTHER_DEVICES > MAX_VIRTIO_DEVICES {
-            let most = MAX_VIRTIO_DEVICES - OTHER_DEVICES;
-            return Err(Failure::new(Blame::Caller, format!("{} disks; at most {most}", start.disks.len())));
-        }
-        let files = Files { files: files.into_iter().map(File::from).collect() };
-        let mut data = BTreeMap::new();
-        let disks = start
-            .disks
-            .iter()
-            .enumerate()
-            .map(|(index, disk)| make_disk(index, disk, &files, &mut data))
-            .collect::<Result<_, _>>()?;
+        let files = Files::from(files);
         Ok(Self {
             shape,
             kernel: files.get(start.kernel_fd)?,
             initramfs: files.get(start.initramfs_fd)?,
             command_line: start.cmdline,
-            disks,
-            console: start.console_fd.map(|index| files.get(index)).transpose()?.map(OwnedFd::from),
-            cid: start.cid,
+            devices: Devices::make(start.cid, &start.disks, &files)?,
+            console: files.get_if(start.console_fd)?,
         })
+    }
+}
+
+impl RestorePlan {
+    /// Checks `restore` and the descriptors that came with it.
+    pub(super) fn check(restore: Restore, files: Vec<OwnedFd>) -> Result<Self, Failure> {
+        let files = Files::from(files);
+        Ok(Self {
+            state: files.get(restore.state_fd)?,
+            memory: files.get(restore.memory_fd)?,
+            devices: Devices::make(restore.cid, &restore.disks, &files)?,
+            console: files.get_if(restore.console_fd)?,
+            generation: restore.generation,
+        })
+    }
+}
+
+impl Devices {
+    fn make(cid: u64, disks: &[DiskSpec], files: &Files) -> Result<Self, Failure> {
+        if !GUEST_CIDS.contains(&cid) {
+            return Err(Failure::new(Blame::Kiln, format!("{cid} is no context id for a guest")));
+        }
+        if disks.len() + OTHER_DEVICES > MAX_VIRTIO_DEVICES {
+            let most = MAX_VIRTIO_DEVICES - OTHER_DEVICES;
+            return Err(Failure::new(Blame::Caller, format!("{} disks; at most {most}", disks.len())));
+        }
+        let mut data = BTreeMap::new();
+        let mut virtio = Vec::with_capacity(disks.len() + OTHER_DEVICES);
+        for (index, disk) in disks.iter().enumerate() {
+            virtio.push(make_disk(index, disk, files, &mut data)?);
+        }
+        let (vsock, ports) = Vsock::new(cid);
+        virtio.push(Box::new(vsock));
+        virtio.push(Box::new(Rng::new()));
+        Ok(Self { virtio, ports })
     }
 }
 
@@ -90,7 +125,9 @@ fn make_disk(
     for &ExtentSpec { fd, offset, length, digests_fd } in &spec.extents {
         extents.push(Extent { file: open(fd, digests_fd)?, offset, bytes: length });
     }
-    let disk = if spec.read_only {
+    let disk = if extents.is_empty() && spec.capacity_bytes > 0 {
+        Disk::empty(spec.capacity_bytes, spec.read_only)
+    } else if spec.read_only {
         Disk::read_only(extents)
     } else {
         match <[Extent; 1]>::try_from(extents) {
@@ -98,6 +135,10 @@ fn make_disk(
             Err(_) => Err(DiskError::Shape("a writable disk has exactly one extent")),
         }
     };
+    let disk = disk.and_then(|disk| match spec.capacity_bytes {
+        0 => Ok(disk),
+        bytes => disk.with_capacity(bytes),
+    });
     let report =
         Box::new(move |fault: &DiskFault| eprintln!("{PROGRAM_NAME}: disk {index}, {}", with_causes(fault)));
     let block = disk.and_then(|disk| Block::new(disk, &spec.serial, report)).map_err(fault)?;
@@ -109,18 +150,23 @@ struct Files {
     files: Vec<File>,
 }
 
+impl From<Vec<OwnedFd>> for Files {
+    fn from(files: Vec<OwnedFd>) -> Self {
+        Self { files: files.into_iter().map(File::from).collect() }
+    }
+}
+
 impl Files {
+    /// The file of index `index`, when there is to be one.
+    fn get_if(&self, index: Option<u32>) -> Result<Option<OwnedFd>, Failure> {
+        Ok(index.map(|index| self.get(index)).transpose()?.map(OwnedFd::from))
+    }
+
     /// The file of index `index`.
     fn get(&self, index: u32) -> Result<File, Failure> {
         let file = usize::try_from(index).ok().and_then(|index| self.files.get(index)).ok_or_else(|| {
             Failure::new(Blame::Kiln, format!("descriptor {index} of {} does not exist", self.files.len()))
         })?;
         file.try_clone().map_err(|error: io::Error| Failure::host("cannot duplicate a descriptor", &error))
-    }
-}
-
-impl From<ShapeError> for Failure {
-    fn from(error: ShapeError) -> Self {
-        Self::new(Blame::Caller, error.to_string())
     }
 }

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use kiln_hypervisor::Kvm;
 
-use super::with_causes;
+use super::failure::with_causes;
 use crate::host;
 use crate::shell::{MIN_MEMORY_MIB, Shape, Shell};
 

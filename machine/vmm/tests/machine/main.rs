@@ -8,5 +8,6 @@ mod guest;
 mod kernel_files;
 mod linux;
 mod monitor;
+mod parked;
 mod snapshot;
 mod start;

@@ -15,13 +15,13 @@ use crate::guest::{Guest, file};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_kiln-monitor");
 
 /// A monitor process and the host's end of its channel.
-struct Monitor {
+pub(crate) struct Monitor {
     child: Child,
     channel: Channel,
 }
 
 impl Monitor {
-    fn spawn() -> Self {
+    pub(crate) fn spawn() -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .expect("a pair");
@@ -35,23 +35,23 @@ impl Monitor {
         Self { child, channel: Channel::new(ours) }
     }
 
-    fn start(kernel: &[u8]) -> Self {
+    pub(crate) fn start(kernel: &[u8]) -> Self {
         let monitor = Self::spawn();
         monitor.order(Do::Start(start()), &[file(kernel), file(b"an archive")]);
         monitor
     }
 
-    fn order(&self, order: Do, files: &[impl AsFd]) {
+    pub(crate) fn order(&self, order: Do, files: &[impl AsFd]) {
         let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         self.channel.send(&Order { call: Some(order) }, &files).expect("the monitor listens");
     }
 
-    fn event(&self) -> Happened {
+    pub(crate) fn event(&self) -> Happened {
         let (event, _) = self.channel.receive::<Event>().expect("an event");
         event.happened.expect("a known event")
     }
 
-    fn ended(&self) -> Ended {
+    pub(crate) fn ended(&self) -> Ended {
         loop {
             if let Happened::Ended(ended) = self.event() {
                 return ended;
@@ -59,12 +59,12 @@ impl Monitor {
         }
     }
 
-    fn failed(&self) -> Failed {
+    pub(crate) fn failed(&self) -> Failed {
         let Happened::Failed(failed) = self.event() else { panic!("a failure") };
         failed
     }
 
-    fn exit(mut self) -> ExitStatus {
+    pub(crate) fn exit(mut self) -> ExitStatus {
         drop(self.channel);
         self.child.wait().expect("it exits")
     }
@@ -74,7 +74,7 @@ fn start() -> Start {
     Start { memory_mib: 64, vcpus: 1, kernel_fd: 0, initramfs_fd: 1, cid: 3, ..Start::default() }
 }
 
-fn no_files() -> [OwnedFd; 0] {
+pub(crate) fn no_files() -> [OwnedFd; 0] {
     []
 }
 

@@ -1,0 +1,89 @@
+//! The mailbox: where a restored guest finds who it is, and says that it knows.
+//!
+//! What is put there is the host's (`kiln_protocol::mailbox`); here only the fields count that the monitor itself fills or
+//! looks at.
+
+use kiln_memory::{Gpa, GuestMemory, OutOfRange};
+
+use crate::clock::realtime;
+use crate::layout::MAILBOX;
+
+/// The bytes of a generation.
+pub const GENERATION_BYTES: usize = 204;
+/// Names one life of a guest; all zeros is none.
+pub type Id = [u8; 16];
+
+const ACKNOWLEDGED: usize = 16;
+const REALTIME: usize = 32;
+
+/// A generation is not one. Kiln is to blame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MailError {
+    /// Its length is not a generation's.
+    #[error("a generation of {0} bytes where {GENERATION_BYTES} make one")]
+    Length(usize),
+    /// It has no id.
+    #[error("a generation without an id")]
+    NoId,
+    /// The guest has no memory where the mailbox is.
+    #[error(transparent)]
+    Memory(#[from] OutOfRange),
+}
+
+/// Puts `generation` into the mailbox of a guest that stands still, with the time it is now.
+pub(crate) fn put(memory: &GuestMemory, generation: &[u8]) -> Result<Id, MailError> {
+    let mut mail: [u8; GENERATION_BYTES] =
+        generation.try_into().map_err(|_| MailError::Length(generation.len()))?;
+    let (id, _) = mail.split_first_chunk::<16>().expect("it is longer");
+    let id = *id;
+    if id == [0; 16] {
+        return Err(MailError::NoId);
+    }
+    mail[ACKNOWLEDGED..ACKNOWLEDGED + 16].fill(0);
+    mail[REALTIME..REALTIME + 8].copy_from_slice(&realtime().0.to_le_bytes());
+    memory.write(MAILBOX, &mail)?;
+    Ok(id)
+}
+
+/// Whether the guest has acknowledged the generation `id`.
+pub(crate) fn is_acknowledged(memory: &GuestMemory, id: Id) -> bool {
+    memory.read_array(Gpa(MAILBOX.0 + ACKNOWLEDGED as u64)) == Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::new(1 << 20).expect("mapped")
+    }
+
+    #[test]
+    fn mail_is_acknowledged_by_its_id_alone() {
+        let memory = memory();
+        let mut generation = [7; GENERATION_BYTES];
+        generation[..16].fill(9);
+        let id = put(&memory, &generation).expect("put");
+        assert_eq!(id, [9; 16]);
+        assert!(!is_acknowledged(&memory, id), "what the host left there does not count");
+        memory.write(Gpa(MAILBOX.0 + 16), &[8; 16]).expect("RAM");
+        assert!(!is_acknowledged(&memory, id));
+        memory.write(Gpa(MAILBOX.0 + 16), &[9; 16]).expect("RAM");
+        assert!(is_acknowledged(&memory, id));
+    }
+
+    #[test]
+    fn the_clock_is_filled_in_and_the_rest_is_the_hosts() {
+        let memory = memory();
+        put(&memory, &[7; GENERATION_BYTES]).expect("put");
+        let before = memory.read_u64(Gpa(MAILBOX.0 + 32)).expect("RAM");
+        assert!(before > 1_700_000_000 * 1_000_000_000, "{before} is long ago");
+        assert_eq!(memory.read_array::<4>(Gpa(MAILBOX.0 + 200)), Ok([7; 4]));
+    }
+
+    #[test]
+    fn what_is_no_generation_is_refused() {
+        assert_eq!(put(&memory(), &[7; 203]), Err(MailError::Length(203)));
+        assert_eq!(put(&memory(), &[0; GENERATION_BYTES]), Err(MailError::NoId));
+    }
+}

@@ -1,0 +1,111 @@
+//! A machine made of a snapshot, and a snapshot made of a machine.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::sync::Arc;
+
+use kiln_control::{Blame, SaveState};
+use kiln_hypervisor::{Hypervisor, Kvm};
+use kiln_snapshot::Header;
+use kiln_support::digest::Digest;
+use kiln_virtio::VsockPorts;
+
+use super::failure::Failure;
+use super::plan::{Devices, RestorePlan};
+use super::report::Reporter;
+use crate::console::Console;
+use crate::cpuid;
+use crate::host;
+use crate::paused::{MachineState, Paused};
+use crate::shell::{Shape, Shell, ShellError};
+
+/// The version a snapshot has to have: what is in a section changes with the monitor.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Makes the machine that `plan` has the snapshot of; it stands still.
+///
+/// The header alone decides whether this host can use the snapshot, before anything else of it is looked at; all of its state is
+/// read and checked before there is a machine, and its memory is mapped and not read.
+pub(super) fn restore(
+    kvm: &Kvm,
+    plan: RestorePlan,
+    reporter: &Arc<Reporter>,
+) -> Result<(Paused<Kvm>, VsockPorts), Failure> {
+    let RestorePlan { mut state, memory, devices, console, generation } = plan;
+    check_header(&kiln_snapshot::read_header(&mut state)?, kvm)?;
+    state.seek(SeekFrom::Start(0)).map_err(|error| Failure::host("cannot read the snapshot", &error))?;
+    let (header, sections) = kiln_snapshot::read(&mut io::BufReader::new(state))?;
+    let state = MachineState::from_sections(&sections)?;
+    if shape_of(&header) != Some(state.shape) {
+        return Err(Failure::new(Blame::Caller, "the snapshot's header is another machine's"));
+    }
+
+    let shell = Shell::create(kvm, state.shape)?;
+    shell.memory().overlay(&memory).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidData => {
+            Failure::new(Blame::Caller, "the snapshot's memory is not as long as the machine's")
+        }
+        _ => Failure::host("cannot map the snapshot's memory", &error),
+    })?;
+    let console = Console::new(console).map_err(|error| Failure::host("cannot start the console", &error))?;
+    let Devices { virtio, ports } = devices;
+    let observer = reporter.observer();
+    let paused = Paused::restore(shell, &state, console, virtio, observer)?;
+    reporter.watches(paused.memory());
+    if !generation.is_empty() {
+        reporter.expect(paused.put_mail(&generation)?);
+    }
+    Ok((paused, ports))
+}
+
+/// Writes the state of a machine that stands still to `file`.
+pub(super) fn save_state(
+    kvm: &Kvm,
+    paused: &mut Paused<Kvm>,
+    order: &SaveState,
+    mut file: &File,
+) -> Result<(), Failure> {
+    let state = paused.save().map_err(|error| Failure::host("cannot save the machine", &error))?;
+    let header = Header {
+        memory_bytes: u64::from(state.shape.memory_mib()) << 20,
+        vcpus: state.shape.vcpus().into(),
+        vmm: VERSION.into(),
+        cpu: class(kvm)?,
+        kernel: digest(&order.kernel)?,
+        initramfs: digest(&order.initramfs)?,
+        memory: digest(&order.memory)?,
+    };
+    kiln_snapshot::write(&header, &state.to_sections(), &mut file)
+        .map_err(|error| Failure::host("cannot write the snapshot", &error))
+}
+
+/// Refuses a snapshot that is not for this monitor on this host.
+fn check_header(header: &Header, kvm: &Kvm) -> Result<(), Failure> {
+    if header.vmm != VERSION {
+        let message = format!("the snapshot was made by Kiln {}; this is Kiln {VERSION}", header.vmm);
+        return Err(Failure::new(Blame::Caller, message).with_hint("bake the image again"));
+    }
+    if header.cpu != class(kvm)? {
+        let message = "the snapshot was made on a host with another kind of processor or KVM";
+        return Err(Failure::new(Blame::Caller, message).with_hint("bake the image again on this host"));
+    }
+    if shape_of(header).is_none() {
+        return Err(Failure::new(Blame::Caller, "the snapshot's machine is of an impossible size"));
+    }
+    Ok(())
+}
+
+fn shape_of(header: &Header) -> Option<Shape> {
+    let mib = u32::try_from(header.memory_bytes >> 20).ok()?;
+    Shape::new(mib, header.vcpus).ok().filter(|_| header.memory_bytes.is_multiple_of(1 << 20))
+}
+
+fn class(kvm: &Kvm) -> Result<Digest, Failure> {
+    let supported = kvm.supported_cpuid().map_err(ShellError::from)?;
+    Ok(cpuid::class(&supported, host::is_pvm()))
+}
+
+fn digest(bytes: &[u8]) -> Result<Digest, Failure> {
+    let bytes = bytes.try_into();
+    bytes.map(Digest::from_bytes).map_err(|_| Failure::new(Blame::Kiln, "a digest that is none"))
+}

@@ -1,0 +1,229 @@
+//! The life of one machine, as its host orders it.
+//!
+//! ```text
+//!            Pause, or the guest parks
+//!          ┌───────────────────────────▶┐
+//! Start ─▶ running                     resting ◀─ SaveMemory, SaveState
+//! Restore ─▶ └◀───────────────────────────┘
+//!                      Resume
+//! ```
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kiln_control::{
+    Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Entered, Happened, Parked,
+    Paused as PausedEvent, Resume, Saved,
+};
+use kiln_hypervisor::Kvm;
+use kiln_virtio::VsockPorts;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use super::failure::{Failure, with_causes};
+use super::report::{Reporter, send};
+use super::{CONSOLE_TAIL_BYTES, PROGRAM_NAME, restore};
+use crate::clock::{Nanoseconds, monotonic};
+use crate::console::Console;
+use crate::control::End;
+use crate::machine::Machine;
+use crate::paused::Paused;
+
+/// A machine and who is responsible for it.
+pub(super) struct Supervisor<'a> {
+    pub(super) channel: &'a Channel,
+    pub(super) kvm: &'a Kvm,
+    pub(super) ports: VsockPorts,
+    pub(super) reporter: Arc<Reporter>,
+}
+
+/// What a machine does.
+pub(super) enum State {
+    Running(Machine<Kvm>),
+    Resting(Paused<Kvm>),
+    Ended(End, Console),
+}
+
+/// What ended a wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Woken {
+    /// There is something to read from the host, perhaps its end.
+    Command,
+    /// The guest has parked itself.
+    Parked,
+    /// The machine has ended.
+    End,
+}
+
+impl Supervisor<'_> {
+    /// Serves the host until the machine has ended.
+    pub(super) fn run(&self, mut state: State) -> Result<(), ChannelError> {
+        loop {
+            let woken = self.wait_for(&state)?;
+            state = match (state, woken) {
+                (State::Ended(end, console), _) => return self.report_end(end, &console),
+                (State::Running(machine), Woken::End) => ended(machine),
+                (State::Running(machine), Woken::Parked) => self.rest(machine, None)?,
+                (state, _) => {
+                    let (command, files) = self.channel.receive::<Command>()?;
+                    self.obey(state, command, files)?
+                }
+            };
+        }
+    }
+
+    fn obey(&self, state: State, command: Command, files: Vec<OwnedFd>) -> Result<State, ChannelError> {
+        let ordered = monotonic();
+        let call = command.call.ok_or(ChannelError::Malformed("a command that asks for nothing"))?;
+        Ok(match (call, state) {
+            (Do::Connect(connect), state) => {
+                connect_port(&self.ports, &connect, files);
+                state
+            }
+            (Do::Stop(_), State::Running(machine) | State::Resting(Paused { machine, .. })) => {
+                machine.stop();
+                ended(machine)
+            }
+            (Do::Pause(_), State::Running(machine)) => self.rest(machine, Some(ordered))?,
+            (Do::Pause(_), state) => {
+                send(self.channel, Happened::Paused(PausedEvent { took_ns: 0 }))?;
+                state
+            }
+            (Do::Resume(resume), State::Resting(paused)) => self.resume(paused, &resume, ordered)?,
+            (Do::SaveMemory(_), mut state) => {
+                self.save(&mut state, files, ordered, |paused, file| {
+                    paused
+                        .memory()
+                        .save(file)
+                        .map_err(|error| Failure::host("cannot write the memory", &error))
+                })?;
+                state
+            }
+            (Do::SaveState(order), mut state) => {
+                self.save(&mut state, files, ordered, |paused, file| {
+                    restore::save_state(self.kvm, paused, &order, file)
+                })?;
+                state
+            }
+            (Do::Start(_) | Do::Restore(_) | Do::Files(_), _) => {
+                return Err(ChannelError::Malformed("a monitor makes one machine"));
+            }
+            // A machine that runs goes on, one that has ended does not.
+            (Do::Resume(_) | Do::Stop(_), state) => state,
+        })
+    }
+
+    /// Stops a machine whose host asked at `ordered`, or whose guest has parked it.
+    fn rest(&self, machine: Machine<Kvm>, ordered: Option<Nanoseconds>) -> Result<State, ChannelError> {
+        let paused = match machine.pause() {
+            Ok(paused) => paused,
+            Err(machine) => return Ok(ended(machine)),
+        };
+        let at = monotonic();
+        if paused.machine.shared.control.take_parked() {
+            send(self.channel, Happened::Parked(Parked { at_ns: at.0 }))?;
+        }
+        if let Some(ordered) = ordered {
+            send(self.channel, Happened::Paused(PausedEvent { took_ns: at.0 - ordered.0 }))?;
+        }
+        Ok(State::Resting(paused))
+    }
+
+    fn resume(
+        &self,
+        paused: Paused<Kvm>,
+        resume: &Resume,
+        ordered: Nanoseconds,
+    ) -> Result<State, ChannelError> {
+        if !resume.generation.is_empty() {
+            match paused.put_mail(&resume.generation) {
+                Ok(id) => self.reporter.expect(id),
+                Err(_) => return Err(ChannelError::Malformed("a generation that is none")),
+            }
+        }
+        self.enter(paused, ordered)
+    }
+
+    /// Lets a machine run that stands still.
+    pub(super) fn enter(&self, paused: Paused<Kvm>, ordered: Nanoseconds) -> Result<State, ChannelError> {
+        let entered = monotonic();
+        let machine = paused.resume().map_err(|error| {
+            // Without its threads the machine has ended, and so does this program.
+            ChannelError::Io(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
+        })?;
+        let [spawned_ns, ordered_ns, entered_ns] = [self.reporter.spawned, ordered, entered].map(|at| at.0);
+        send(self.channel, Happened::Entered(Entered { spawned_ns, ordered_ns, entered_ns }))?;
+        Ok(State::Running(machine))
+    }
+
+    /// Writes to the one file beside the command, when the machine stands still.
+    fn save(
+        &self,
+        state: &mut State,
+        files: Vec<OwnedFd>,
+        ordered: Nanoseconds,
+        write: impl FnOnce(&mut Paused<Kvm>, &File) -> Result<(), Failure>,
+    ) -> Result<(), ChannelError> {
+        let Ok([file]) = <[OwnedFd; 1]>::try_from(files) else {
+            return Err(ChannelError::Malformed("one file is saved to"));
+        };
+        let failure = match state {
+            State::Resting(paused) => {
+                write(paused, &File::from(file)).err().map(|failure| failure.message).unwrap_or_default()
+            }
+            State::Running(_) | State::Ended(..) => "the machine does not stand still".into(),
+        };
+        let took_ns = monotonic().0 - ordered.0;
+        send(self.channel, Happened::Saved(Saved { failure, took_ns }))
+    }
+
+    fn report_end(&self, end: End, console: &Console) -> Result<(), ChannelError> {
+        let console = match end.reason {
+            EndReason::PowerOff => Vec::new(),
+            // A host that gave up on a guest that hangs wants to know where it hung.
+            EndReason::Reset | EndReason::Panic | EndReason::Crash | EndReason::Stopped => {
+                console.tail(CONSOLE_TAIL_BYTES)
+            }
+        };
+        send(self.channel, Happened::Ended(Ended { reason: end.reason.into(), detail: end.detail, console }))
+    }
+
+    /// Waits for the host or the machine, whichever comes first; the machine's end first when both are there.
+    fn wait_for(&self, state: &State) -> Result<Woken, ChannelError> {
+        let machine = match state {
+            State::Running(machine) => machine,
+            State::Resting(_) => return Ok(Woken::Command),
+            State::Ended(..) => return Ok(Woken::End),
+        };
+        let (ended, parked) = (machine.ended_fd(), machine.parked_fd());
+        loop {
+            let mut fds = [
+                PollFd::new(&ended, PollFlags::IN),
+                PollFd::new(&parked, PollFlags::IN),
+                PollFd::new(self.channel, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) if !fds[0].revents().is_empty() => return Ok(Woken::End),
+                Ok(_) if !fds[1].revents().is_empty() => return Ok(Woken::Parked),
+                Ok(_) => return Ok(Woken::Command),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+fn ended(machine: Machine<Kvm>) -> State {
+    let (end, console) = machine.wait();
+    State::Ended(end, console)
+}
+
+/// Connects the one socket beside the command to a port of the guest. Whatever goes wrong closes the socket, which is
+/// what the host sees.
+fn connect_port(ports: &VsockPorts, connect: &Connect, files: Vec<OwnedFd>) {
+    let Ok([socket]) = <[OwnedFd; 1]>::try_from(files) else { return };
+    if let Err(error) = ports.connect(connect.port, socket) {
+        eprintln!("{PROGRAM_NAME}: port {}: {}", connect.port, with_causes(&error));
+    }
+}

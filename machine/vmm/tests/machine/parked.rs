@@ -1,0 +1,180 @@
+//! A machine that its guest parks, and what its host makes of it.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
+
+use kiln_control::{Blame, Do, EndReason, Happened, Pause, Restore, Resume, SaveMemory, SaveState, Saved};
+use kiln_vmm::mailbox::GENERATION_BYTES;
+
+use crate::guest::{Guest, file};
+use crate::monitor::{Monitor, no_files};
+
+/// A guest that parks, takes its mail if `acknowledges`, becomes who it says, and powers off with what it counted.
+fn parking(acknowledges: bool) -> Guest {
+    let guest = Guest::default()
+        // mov ebp, 41
+        .code(&[0xbd, 41, 0, 0, 0])
+        .ring(3)
+        // mov ebx, the mailbox
+        .code(&[0xbb, 0, 0, 1, 0]);
+    let guest = if acknowledges {
+        // The id's four words to the acknowledgement's.
+        (0..4).fold(guest, |guest, word| guest.code(&[0x8b, 0x43, word * 4, 0x89, 0x43, 16 + word * 4]))
+    } else {
+        guest
+    };
+    // inc ebp; mov [POWER], ebp
+    guest.ring(4).ring(5).ring(5).code(&[0x45, 0x89, 0x2d, 0, 0, 0, 0xd0]).halt()
+}
+
+/// A monitor whose guest is parked.
+fn parked(guest: &Guest) -> Monitor {
+    let monitor = Monitor::start(&guest.elf());
+    assert!(matches!(monitor.event(), Happened::Booted(_)));
+    assert!(matches!(monitor.event(), Happened::Parked(_)));
+    monitor
+}
+
+fn generation(id: u8) -> Vec<u8> {
+    vec![id; GENERATION_BYTES]
+}
+
+fn saved(monitor: &Monitor) -> Saved {
+    let Happened::Saved(saved) = monitor.event() else { panic!("an answer to a save") };
+    saved
+}
+
+/// The snapshot of a machine that stands still: its state and its memory.
+fn save(monitor: &Monitor) -> [File; 2] {
+    let files = [(); 2].map(|()| tempfile::tempfile().expect("a file"));
+    let [state, memory] = &files;
+    monitor.order(Do::SaveMemory(SaveMemory {}), &[memory]);
+    assert_eq!(saved(monitor).failure, "");
+    let digest = vec![1; 32];
+    let order = SaveState { kernel: digest.clone(), initramfs: digest.clone(), memory: digest };
+    monitor.order(Do::SaveState(order), &[state]);
+    assert_eq!(saved(monitor).failure, "");
+    files
+}
+
+fn restore(files: &[File; 2], generation: Vec<u8>) -> Monitor {
+    let monitor = Monitor::spawn();
+    for mut file in files {
+        file.seek(SeekFrom::Start(0)).expect("it is a file");
+    }
+    let order = Restore { state_fd: 0, memory_fd: 1, cid: 3, generation, ..Restore::default() };
+    monitor.order(Do::Restore(order), files);
+    monitor
+}
+
+fn entered(monitor: &Monitor) {
+    assert!(matches!(monitor.event(), Happened::Entered(_)));
+}
+
+/// The events to the end of a machine, without the one that says it runs, which may come at any place.
+fn to_the_end(monitor: &Monitor) -> Vec<String> {
+    let mut events = Vec::new();
+    loop {
+        match monitor.event() {
+            Happened::Entered(_) => {}
+            Happened::Resumed(_) => events.push("resumed".into()),
+            Happened::Adopted(_) => events.push("adopted".into()),
+            Happened::Ended(ended) => {
+                events.push(ended.detail);
+                return events;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_parked_guest_goes_on_with_its_mail() {
+    let monitor = parked(&parking(true));
+    monitor.order(Do::Resume(Resume { generation: generation(7) }), &no_files());
+    assert_eq!(to_the_end(&monitor), ["resumed", "adopted", "code 42"]);
+}
+
+#[test]
+fn every_copy_of_a_parked_guest_takes_its_own_mail() {
+    let source = parked(&parking(true));
+    let files = save(&source);
+    for id in 1..4 {
+        assert_eq!(to_the_end(&restore(&files, generation(id))), ["resumed", "adopted", "code 42"]);
+    }
+    source.order(Do::Resume(Resume { generation: generation(9) }), &no_files());
+    assert_eq!(to_the_end(&source), ["resumed", "adopted", "code 42"]);
+}
+
+#[test]
+fn a_guest_that_does_not_acknowledge_has_not_resumed() {
+    let monitor = parked(&parking(false));
+    monitor.order(Do::Resume(Resume { generation: generation(7) }), &no_files());
+    assert_eq!(to_the_end(&monitor), ["code 42"]);
+    // Nor one that has no mail.
+    let monitor = parked(&parking(true));
+    monitor.order(Do::Resume(Resume::default()), &no_files());
+    assert_eq!(to_the_end(&monitor), ["code 42"]);
+}
+
+#[test]
+fn a_machine_is_paused_and_goes_on() {
+    // ring; cmp dword [0x300000], 0; je to the comparison
+    let spinning = Guest::default().ring(2).code(&[0x83, 0x3d, 0, 0, 0x30, 0, 0, 0x74, 0xf7]).halt();
+    let monitor = Monitor::start(&spinning.elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    for _ in 0..5 {
+        monitor.order(Do::Pause(Pause {}), &no_files());
+        assert!(matches!(monitor.event(), Happened::Paused(_)));
+        monitor.order(Do::Resume(Resume::default()), &no_files());
+        entered(&monitor);
+    }
+    monitor.order(Do::SaveMemory(SaveMemory {}), &[tempfile::tempfile().expect("a file")]);
+    assert_eq!(saved(&monitor).failure, "the machine does not stand still");
+    monitor.order(Do::Pause(Pause {}), &no_files());
+    assert!(matches!(monitor.event(), Happened::Paused(_)));
+    monitor.order(Do::Stop(kiln_control::Stop {}), &no_files());
+    assert_eq!(monitor.ended().reason(), EndReason::Stopped);
+    assert!(monitor.exit().success());
+}
+
+#[test]
+fn a_save_that_fails_says_so_and_the_machine_goes_on() {
+    let monitor = parked(&parking(true));
+    let full: OwnedFd = File::options().write(true).open("/dev/full").expect("there is a /dev/full").into();
+    let digest = vec![1; 32];
+    let order = SaveState { kernel: digest.clone(), initramfs: digest.clone(), memory: digest };
+    monitor.order(Do::SaveState(order), &[full]);
+    let failure = saved(&monitor).failure;
+    assert!(failure.contains("No space left"), "{failure}");
+    monitor.order(Do::Resume(Resume { generation: generation(7) }), &no_files());
+    assert_eq!(to_the_end(&monitor), ["resumed", "adopted", "code 42"]);
+}
+
+#[test]
+fn a_snapshot_that_is_not_whole_is_refused() {
+    let source = parked(&parking(true));
+    let [state, memory] = save(&source);
+    let whole =
+        std::fs::read(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&state))).expect("read");
+    let refused = |bytes: &[u8], memory: &File, part: &str| {
+        let files = [file(bytes), memory.try_clone().expect("a descriptor")];
+        let failed = restore(&files, generation(1)).failed();
+        assert!(failed.message.contains(part), "{part}: {failed:?}");
+        assert_eq!(failed.blame(), Blame::Caller);
+    };
+    refused(b"", &memory, "cut off");
+    refused(&whole[..whole.len() - 1], &memory, "cut off");
+    let changed = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        bytes
+    };
+    refused(&changed(0), &memory, "not a snapshot");
+    refused(&changed(100), &memory, "header");
+    refused(&changed(whole.len() - 1), &memory, "virtio.1");
+    let mut short = file(&[0; 4096]);
+    short.write_all(&[0]).expect("space");
+    refused(&whole, &short, "not as long");
+}
