@@ -42,6 +42,7 @@ pub(crate) fn text(error: Errno) -> String {
         Errno::IO => "input/output error",
         Errno::NXIO => "no such device or address",
         Errno::TOOBIG => "argument list too long",
+        Errno::TIMEDOUT => "not in time",
         Errno::NOEXEC => "exec format error",
         Errno::AGAIN => "resource temporarily unavailable",
         Errno::NOMEM => "cannot allocate memory",

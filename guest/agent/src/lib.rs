@@ -9,9 +9,13 @@
 
 extern crate alloc;
 
+mod adopt;
 mod command;
 mod failure;
 mod files;
+mod freezer;
+mod hooks;
+mod identity;
 pub mod listen;
 mod mounts;
 pub mod power;
@@ -22,4 +26,6 @@ pub mod sys;
 mod user;
 mod workload;
 
+pub use freezer::Groups;
+pub use identity::{Files as IdentityFiles, Life};
 pub use workload::Place;

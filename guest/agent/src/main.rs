@@ -4,18 +4,14 @@
 #![no_main]
 #![deny(unsafe_code)]
 
-extern crate alloc;
-
-use alloc::format;
 use core::panic::PanicInfo;
 
 use kiln_agent::listen::Listener;
 use kiln_agent::power::Power;
-use kiln_agent::server::Agent;
+use kiln_agent::server::{Agent, Fault};
 use kiln_agent::setup::set_up;
-use kiln_agent::sys::{self, Heap};
+use kiln_agent::sys::{self, Heap, say};
 use kiln_protocol::{AGENT_PORT, power};
-use rustix::io::Errno;
 use rustix::process::DumpableBehavior;
 
 #[path = "sys/program.rs"]
@@ -35,27 +31,18 @@ fn run() {
     if let Err(error) = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable) {
         say(format_args!("cannot close its memory to others: {error:?}"));
     }
-    match listen().and_then(|agent| {
-        power.ring(power::PHASE_LISTENING);
-        agent.run()
-    }) {
-        Ok(()) => {}
-        Err(error) => {
-            say(format_args!("cannot serve: {error:?}"));
-            sys::notice(power::NOTICE_AGENT_PANIC);
-        }
+    if let Err(fault) = serve(&power) {
+        say(format_args!("{fault}"));
+        sys::notice(fault.notice());
     }
     power.off();
 }
 
-fn listen() -> Result<Agent, Errno> {
-    let socket = sys::listen_on_vsock(AGENT_PORT)?;
-    Agent::new(Listener::Vsock(socket), set_up)
-}
-
-/// Writes a line to the console.
-fn say(words: core::fmt::Arguments<'_>) {
-    program::write(format!("kiln-agent: {words}\n").as_bytes());
+fn serve(power: &Power) -> Result<(), Fault> {
+    let socket = sys::listen_on_vsock(AGENT_PORT).map_err(Fault::Serving)?;
+    let agent = Agent::new(Listener::Vsock(socket), set_up, power).map_err(Fault::Serving)?;
+    power.ring(power::PHASE_LISTENING);
+    agent.run()
 }
 
 #[panic_handler]

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, MountFlags, UnmountFlags};
 
 use crate::failure::internal;
-use crate::files;
+use crate::{files, identity};
 
 /// Where the image's file system is before it is part of the root.
 const LOWER: &str = "/lower";
@@ -54,13 +54,25 @@ const DEVICE_LINKS: [(&str, &str); 7] = [
     ("pts/ptmx", "/dev/ptmx"),
     ("pts/0", "/dev/console"),
 ];
+/// Where the control groups are.
+pub(crate) const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
+/// What moves a process into the root group, where the agent is and nothing freezes; commands may not write them.
+const ROOT_GROUP_LISTS: [&str; 2] = ["/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/cgroup.threads"];
+/// The file system of the agent's own files that commands see, and its size.
+const PRIVATE: &str = "/run/kiln";
+const PRIVATE_OPTIONS: &str = "mode=755,size=1m,nr_inodes=64";
+/// The kernel's file in each /proc whose place the guest's own boot id takes.
+const KERNEL_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Parts of /proc that commands may read and not write, root or not: through them the kernel runs programs of the
 /// writer's choosing outside of any namespace (`kernel.core_pattern`, `kernel.modprobe`), or does what a key press
 /// does.
 const READ_ONLY_PROC: [&str; 2] = ["/proc/sys", "/proc/sysrq-trigger"];
 
-/// Mounts the kernel's device nodes in the agent's own root, and opens its random generator.
+/// Mounts the kernel's device nodes in the agent's own root, unless they are there, and opens its random generator.
 pub(crate) fn kernel_devices() -> Result<OwnedFd, Failed> {
+    if let Ok(random) = open("/dev/urandom", OFlags::RDWR) {
+        return Ok(random);
+    }
     make_directory("/dev").map_err(|error| internal("make /dev", error))?;
     rustix::mount::mount("dev", "/dev", "devtmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, None)
         .map_err(|error| internal("mount devtmpfs", error))?;
@@ -105,7 +117,11 @@ pub(crate) fn system(read_only: bool) -> Result<(), Failed> {
     mount("sysfs", "/sys", "sysfs", closed | MountFlags::RDONLY, "")?;
     // Writable for the guest's root: limits on its own processes are its own affair. The agent is in the root group,
     // which has no limits and cannot be frozen.
-    optional("cgroup", "/sys/fs/cgroup", "cgroup2", closed, "nsdelegate")?;
+    if optional("cgroup", CONTROL_GROUPS, "cgroup2", closed, "nsdelegate")? {
+        for list in ROOT_GROUP_LISTS {
+            close(list, closed).map_err(|error| internal(&format!("close {list}"), error))?;
+        }
+    }
     devices().map_err(|error| internal("fill /dev", error))?;
     mount(
         "devpts",
@@ -153,14 +169,37 @@ pub(crate) fn proc() -> Result<(), Errno> {
     let closed = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     rustix::mount::mount("proc", "/proc", "proc", closed, None)?;
     for path in READ_ONLY_PROC {
-        match rustix::mount::mount_bind(path, path) {
-            // A kernel built without it.
-            Err(Errno::NOENT) => continue,
-            bound => bound?,
-        }
-        rustix::mount::mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | closed, "")?;
+        close(path, closed)?;
     }
-    Ok(())
+    match rustix::mount::mount_bind(identity::BOOT_ID, KERNEL_BOOT_ID) {
+        // A kernel built without it, or commands without an identity.
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes what is at `path`, if anything is, a read-only mount of its own.
+fn close(path: &str, flags: MountFlags) -> Result<(), Errno> {
+    match rustix::mount::mount_bind(path, path) {
+        // A kernel built without it.
+        Err(Errno::NOENT) => return Ok(()),
+        bound => bound?,
+    }
+    rustix::mount::mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | flags, "")
+}
+
+/// Mounts the file system of the agent's own files.
+pub(crate) fn private() -> Result<(), Failed> {
+    files::make_directories(PRIVATE).map_err(|error| internal(&format!("make {PRIVATE}"), error))?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("kiln", PRIVATE, "tmpfs", flags, PRIVATE_OPTIONS)
+}
+
+/// Closes the agent's own files to commands. What has been bound elsewhere before stays as it is, and the agent writes
+/// by what it has open.
+pub(crate) fn seal_private() -> Result<(), Failed> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    close(PRIVATE, flags).map_err(|error| internal(&format!("close {PRIVATE}"), error))
 }
 
 /// Takes away the /proc of a namespace that is gone.
@@ -208,10 +247,17 @@ fn mount(source: &str, target: &str, kind: &str, flags: MountFlags, options: &st
         .map_err(|error| internal(&format!("mount {source} ({kind}) at {target}"), error))
 }
 
-/// Mounts what a guest can do without, when its kernel has no such file system.
-fn optional(source: &str, target: &str, kind: &str, flags: MountFlags, options: &str) -> Result<(), Failed> {
+/// Mounts what a guest can do without, unless its kernel has no such file system; returns whether it has.
+fn optional(
+    source: &str,
+    target: &str,
+    kind: &str,
+    flags: MountFlags,
+    options: &str,
+) -> Result<bool, Failed> {
     match try_mount(source, target, kind, flags, options) {
-        Ok(()) | Err(Errno::NODEV | Errno::NOENT) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(Errno::NODEV | Errno::NOENT) => Ok(false),
         Err(error) => Err(internal(&format!("mount {kind} at {target}"), error)),
     }
 }

@@ -8,25 +8,36 @@
 //!                   └──▶ abandoned ── process reaped ──▶ closed
 //! ```
 //!
+//! A guest that is asked to park keeps the connections of running commands and closes all others. It may go on as
+//! another guest, whose host knows nothing of them: they end then as any connection that is lost.
+//!
 //! Every file is watched edge-triggered: an event is remembered as "may be ready" until a call says otherwise, so the
 //! loop makes no call to change what it waits for, and waits whenever nothing may be ready.
 
-use alloc::string::ToString as _;
+use alloc::ffi::CString;
+use alloc::string::{String, ToString as _};
 use alloc::vec::Vec;
 
 use kiln_protocol::frame::{self, Kind, ToAgent};
-use kiln_protocol::{Call, Done, Exec, Failed, Outcome, PowerOff, Reader, Reply, Setup, Started, Welcome};
+use kiln_protocol::mailbox::GENERATION_BYTES;
+use kiln_protocol::{
+    Call, Done, Exec, Failed, Outcome, PowerOff, Reader, Reply, Setup, Started, Welcome, power,
+};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 use rustix::time::Timespec;
 
-use crate::failure::{internal, invalid};
+use crate::adopt::{Moment, Rate, adopt};
+use crate::failure::{internal, invalid, text};
+use crate::freezer::Frozen;
+use crate::identity::Life;
 use crate::listen::Listener;
-use crate::mounts;
+use crate::power::{Power, Taken};
 use crate::session::{Registrar, Session, Source, Violation, one_shot};
 use crate::workload::{Place, Workload};
+use crate::{hooks, mounts};
 
 /// The most connections at a time; one more is closed at once.
 const MAX_CONNECTIONS: usize = 64;
@@ -42,17 +53,55 @@ const LISTENER: u64 = u64::MAX;
 const REAPER: u64 = u64::MAX - 1;
 const GRACE: u64 = u64::MAX - 2;
 
-/// How a guest is made ready for commands; [`crate::setup::set_up`] in a guest.
-pub type SetUp = fn(&Setup) -> Result<Place, Failed>;
+/// How a guest is made ready for commands, in the life it leads since it was restored; [`crate::setup::set_up`] in a
+/// guest.
+pub type SetUp = fn(&Setup, Option<&Life>) -> Result<Place, Failed>;
+
+/// Why an agent serves no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The kernel refuses what serving needs.
+    #[error("cannot serve: {}", text(*.0))]
+    Serving(Errno),
+    /// The guest was restored and could not become the one it was to be.
+    #[error("cannot become the guest of this generation: {0}")]
+    NotAdopted(String),
+}
+
+impl Fault {
+    /// The notice the monitor is given of it.
+    pub fn notice(&self) -> u32 {
+        match self {
+            Self::Serving(_) => power::NOTICE_AGENT_PANIC,
+            Self::NotAdopted(_) => power::NOTICE_NOT_ADOPTED,
+        }
+    }
+}
 
 /// The agent: answers requests until it is told to power off.
-pub struct Agent {
+pub struct Agent<'a> {
+    power: &'a Power,
     epoll: OwnedFd,
     listener: Listener,
     connections: Vec<Option<Connection>>,
     set_up: SetUp,
     workload: Option<Workload>,
     stopping: Option<Stopping>,
+    /// The guest is about to park.
+    parking: Option<Parking>,
+    started: Moment,
+    /// How fast the processor's counter runs, once that has been measured.
+    rate: Option<Rate>,
+    /// The life since the guest was last restored.
+    life: Option<Life>,
+}
+
+/// A guest made ready to park.
+struct Parking {
+    frozen: Frozen,
+    hooks: Vec<CString>,
+    /// /dev/urandom, as long as no place for commands has it.
+    random: Option<OwnedFd>,
 }
 
 /// A power-off under way.
@@ -104,22 +153,34 @@ enum Next {
     Close,
 }
 
-impl Agent {
-    /// An agent that listens on `listener` and makes the guest ready by `set_up`.
+impl<'a> Agent<'a> {
+    /// An agent that listens on `listener`, speaks to the monitor by `power` and makes the guest ready by `set_up`.
     ///
     /// # Errors
     /// What epoll(7) reports.
-    pub fn new(listener: Listener, set_up: SetUp) -> Result<Self, Errno> {
+    pub fn new(listener: Listener, set_up: SetUp, power: &'a Power) -> Result<Self, Errno> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN | EventFlags::ET)?;
-        Ok(Self { epoll, listener, connections: Vec::new(), set_up, workload: None, stopping: None })
+        Ok(Self {
+            power,
+            epoll,
+            listener,
+            connections: Vec::new(),
+            set_up,
+            workload: None,
+            stopping: None,
+            parking: None,
+            started: Moment::now(),
+            rate: None,
+            life: None,
+        })
     }
 
     /// Serves until a power-off request has been carried out: no process is left then, and disks are clean.
     ///
     /// # Errors
-    /// When waiting for events fails, after which nothing can be served.
-    pub fn run(mut self) -> Result<(), Errno> {
+    /// [`Fault`], after which nothing can be served and the machine is to end.
+    pub fn run(mut self) -> Result<(), Fault> {
         let mut events = Vec::with_capacity(MAX_EVENTS);
         let mut active: Vec<usize> = Vec::new();
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -128,7 +189,7 @@ impl Agent {
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(Fault::Serving(error)),
             }
             for event in &events {
                 let (data, flags) = (event.data, event.flags);
@@ -146,6 +207,9 @@ impl Agent {
                 }
             }
             active.retain(|slot| self.turn(*slot) == Next::Again);
+            if let Some(parking) = self.parking.take() {
+                self.park(parking)?;
+            }
             if self.has_stopped() {
                 return Ok(());
             }
@@ -190,10 +254,10 @@ impl Agent {
                 connection.writable |= flags.contains(EventFlags::OUT);
             }
             (Some(source), Stage::Running(session) | Stage::Abandoned(session)) => {
+                let had_ended = session.has_ended();
                 session.happened(source, flags);
-                if let (true, true, Some(workload)) =
-                    (session.has_ended(), session.is_first(), &mut self.workload)
-                {
+                let ends = !had_ended && session.has_ended();
+                if let (true, true, Some(workload)) = (ends, session.is_first(), &mut self.workload) {
                     workload.first_has_ended();
                 }
             }
@@ -322,7 +386,14 @@ impl Agent {
                 Ok(()) => return,
                 Err(failed) => Err(failed),
             },
-            Call::Park(_) => Err(invalid("this agent cannot park".into())),
+            Call::Park(_) => match self.make_ready_to_park() {
+                Ok(parking) => {
+                    self.parking = Some(parking);
+                    connection.stage = Stage::Answered;
+                    return;
+                }
+                Err(failed) => Err(failed),
+            },
         };
         connection.answer(outcome.unwrap_or_else(Outcome::Failed));
     }
@@ -331,7 +402,8 @@ impl Agent {
         if self.workload.is_some() || self.stopping.is_some() {
             return Err(invalid("the guest has been set up already".into()));
         }
-        let workload = Workload::new((self.set_up)(setup)?)?;
+        self.is_not_parking()?;
+        let workload = Workload::new((self.set_up)(setup, self.life.as_ref())?)?;
         if let Some(reaper) = workload.reaper() {
             epoll::add(&self.epoll, reaper, EventData::new_u64(REAPER), EventFlags::IN | EventFlags::ET)
                 .map_err(|error| internal("watch the reaper", error))?;
@@ -344,10 +416,8 @@ impl Agent {
         if self.stopping.is_some() {
             return Err(invalid("the guest is powering off".into()));
         }
-        let first = self.connections.iter().flatten().find_map(|connection| match &connection.stage {
-            Stage::Running(session) | Stage::Abandoned(session) if session.is_first() => session.process(),
-            _ => None,
-        });
+        self.is_not_parking()?;
+        let first = first_process(&self.connections);
         let workload =
             self.workload.as_mut().ok_or_else(|| invalid("the guest has not been set up".into()))?;
         let timeout_ms = exec.timeout_ms;
@@ -373,6 +443,7 @@ impl Agent {
         if self.stopping.is_some() {
             return Err(invalid("the guest is powering off already".into()));
         }
+        self.is_not_parking()?;
         self.stopping = Some(Stopping { asked_by: slot, grace: None, commands_have_ended: false });
         let Some(workload) = &self.workload else { return Ok(()) };
         let timer = match power_off.grace_ms.min(MAX_GRACE_MS) {
@@ -387,6 +458,76 @@ impl Agent {
             None => workload.end(),
         }
         self.stopping = Some(Stopping { asked_by: slot, grace: timer, commands_have_ended: false });
+        Ok(())
+    }
+
+    /// Refuses what cannot be while processes are frozen: a command born among them would not get as far as its program.
+    fn is_not_parking(&self) -> Result<(), Failed> {
+        match self.parking {
+            Some(_) => Err(invalid("the guest is being parked".into())),
+            None => Ok(()),
+        }
+    }
+
+    /// Stops the guest's processes and writes out what they wrote, so that memory and disk are of one moment.
+    #[cold]
+    fn make_ready_to_park(&mut self) -> Result<Parking, Failed> {
+        if !self.power.can_park() {
+            return Err(invalid("the machine has nothing to park at: no power device, or no mailbox".into()));
+        }
+        if self.stopping.is_some() {
+            return Err(invalid("the guest is powering off".into()));
+        }
+        self.is_not_parking()?;
+        let now = Moment::now();
+        self.rate.get_or_insert_with(|| now.rate_since(self.started));
+        let Some(workload) = &self.workload else {
+            return Ok(Parking {
+                frozen: Frozen::default(),
+                hooks: Vec::new(),
+                random: Some(mounts::kernel_devices()?),
+            });
+        };
+        let hooks = hooks::find();
+        let frozen = workload.freeze()?;
+        if let Some(scratch) = &workload.place.scratch
+            && let Err(error) = rustix::fs::syncfs(scratch)
+        {
+            frozen.thaw();
+            return Err(internal("write out the scratch disk", error));
+        }
+        Ok(Parking { frozen, hooks, random: None })
+    }
+
+    /// Parks; comes back as the guest it was, or as the one its mail says.
+    #[inline(never)]
+    fn park(&mut self, parking: Parking) -> Result<(), Fault> {
+        for connection in &mut self.connections {
+            connection.take_if(|connection| matches!(connection.stage, Stage::Asking | Stage::Answered));
+        }
+        // What closing them has left for the kernel to do is done now, and not after each restore.
+        rustix::thread::sched_yield();
+        let mut taken = Taken { mail: [0; GENERATION_BYTES], ticks: 0 };
+        if self.power.park(&mut taken) {
+            self.adopt(&mut taken, &parking)?;
+        }
+        parking.frozen.thaw();
+        Ok(())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn adopt(&mut self, taken: &mut Taken, parking: &Parking) -> Result<(), Fault> {
+        let counter = self.life.as_ref().map_or(0, |life| life.counter).saturating_add(1);
+        let rate = self.rate.unwrap_or_default();
+        let place = self.workload.as_mut().map(|workload| &mut workload.place);
+        let life = adopt(taken, parking.random.as_ref(), place, rate, counter)
+            .map_err(|failed| Fault::NotAdopted(failed.message))?;
+        self.power.ring(power::PHASE_ADOPTED);
+        if let Some(workload) = &mut self.workload {
+            hooks::run(&parking.hooks, workload, first_process(&self.connections), &life);
+        }
+        self.life = Some(life);
         Ok(())
     }
 
@@ -493,6 +634,14 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+/// The command that is process 1, when one is.
+fn first_process(connections: &[Option<Connection>]) -> Option<BorrowedFd<'_>> {
+    connections.iter().flatten().find_map(|connection| match &connection.stage {
+        Stage::Running(session) | Stage::Abandoned(session) if session.is_first() => session.process(),
+        _ => None,
+    })
 }
 
 fn welcome() -> Welcome {

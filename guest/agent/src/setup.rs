@@ -3,14 +3,17 @@
 use alloc::format;
 
 use kiln_protocol::{Failed, Setup};
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
-use rustix::time::{ClockId, Timespec};
+use rustix::time::ClockId;
 
+use crate::adopt::timespec;
 use crate::failure::{internal, invalid, text, unusable_directory};
+use crate::freezer::Groups;
+use crate::identity::{Files, Life};
 use crate::workload::Place;
 use crate::{files, mounts, sys};
 
@@ -43,18 +46,12 @@ const MIN_ENTROPY_BYTES: usize = 32;
 /// The most volumes of an image.
 const MAX_VOLUMES: usize = 256;
 
-const HOSTS: &str = "127.0.0.1\tlocalhost\n\
-    ::1\tlocalhost ip6-localhost ip6-loopback\n\
-    fe00::\tip6-localnet\n\
-    ff00::\tip6-mcastprefix\n\
-    ff02::1\tip6-allnodes\n\
-    ff02::2\tip6-allrouters\n";
-
-/// Carries out `setup`, once; the place for commands is what it leaves.
+/// Carries out `setup`, once; the place for commands is what it leaves. `life` is whose the guest leads when it has
+/// been restored before.
 ///
 /// # Errors
 /// [`Failed`] with the step that failed. The guest is of no use then.
-pub fn set_up(setup: &Setup) -> Result<Place, Failed> {
+pub fn set_up(setup: &Setup, life: Option<&Life>) -> Result<Place, Failed> {
     check(setup)?;
     identity(setup)?;
     let random = mounts::kernel_devices()?;
@@ -67,7 +64,11 @@ pub fn set_up(setup: &Setup) -> Result<Place, Failed> {
     let mounted = mounts::system(setup.read_only);
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
     mounted?;
-    names(setup)?;
+    let first = match life {
+        Some(_) => None,
+        None => Some(Life::first().map_err(|error| internal("draw the guest's ids", error))?),
+    };
+    let identity = life.or(first.as_ref()).map(|life| Files::provide(setup, life)).transpose()?;
     for volume in &setup.volumes {
         mounts::volume(volume)
             .map_err(|error| invalid(format!("cannot make the volume {volume}: {}", text(error))))?;
@@ -82,6 +83,9 @@ pub fn set_up(setup: &Setup) -> Result<Place, Failed> {
         null: mounts::null()?,
         terminals: mounts::terminals()?,
         hostname: setup.hostname.clone(),
+        identity,
+        groups: groups()?,
+        random,
         scratch,
         reaper: setup.reaper,
     })
@@ -120,13 +124,8 @@ fn check(setup: &Setup) -> Result<(), Failed> {
 
 /// The time, the host name, and a network of one's own.
 fn identity(setup: &Setup) -> Result<(), Failed> {
-    const NS_PER_SECOND: u64 = 1_000_000_000;
-    let now = Timespec {
-        tv_sec: (setup.realtime_ns / NS_PER_SECOND) as i64,
-        tv_nsec: (setup.realtime_ns % NS_PER_SECOND) as i64,
-    };
     if setup.realtime_ns > 0 {
-        rustix::time::clock_settime(ClockId::Realtime, now)
+        rustix::time::clock_settime(ClockId::Realtime, timespec(setup.realtime_ns))
             .map_err(|error| internal("set the clock", error))?;
     }
     rustix::system::sethostname(setup.hostname.as_bytes())
@@ -159,16 +158,15 @@ fn loopback_up() -> Result<(), Errno> {
     rustix::net::send(&socket, &message, SendFlags::empty()).map(|_| ())
 }
 
-/// The files in /etc that a container runtime provides.
-fn names(setup: &Setup) -> Result<(), Failed> {
-    let name = &setup.hostname;
-    let provide = |path: &str, contents: &str| {
-        files::replace(path, contents.as_bytes())
-            .map_err(|error| invalid(format!("cannot write {path} in the image: {}", text(error))))
+/// The control groups, when the kernel has any.
+fn groups() -> Result<Option<Groups>, Failed> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = match rustix::fs::open(mounts::CONTROL_GROUPS, flags, Mode::empty()) {
+        Ok(root) => root,
+        Err(error) => return Err(internal("open the control groups", error)),
     };
-    provide("/etc/hostname", &format!("{name}\n"))?;
-    provide("/etc/hosts", &format!("{HOSTS}127.0.1.1\t{name}\n"))?;
-    if setup.resolv_conf.is_empty() { Ok(()) } else { provide("/etc/resolv.conf", &setup.resolv_conf) }
+    // Without them it is an empty directory of sysfs, in which nothing can be made, or not there at all.
+    Ok(Groups::below(root).ok())
 }
 
 /// Limits what any child can ever do. The agent keeps what it has, for it never executes anything.

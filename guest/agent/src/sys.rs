@@ -8,6 +8,8 @@ mod x86_64;
 use x86_64 as arch;
 
 mod child;
+mod clock;
+mod console;
 mod heap;
 mod page;
 mod random;
@@ -15,8 +17,10 @@ mod read;
 mod vsock;
 
 pub use child::{Child, END_WITH_ORPHANS, Ended, Failure, Stage, Start, reap, signal, start, start_reaper};
+pub use clock::{monotonic_ns, ticks};
+pub use console::say;
 pub use heap::Heap;
-pub use page::{PowerPage, notice};
+pub use page::{Mail, Mailbox, PowerPage, notice, wipe};
 pub use random::add_entropy;
 pub use read::read_onto;
 pub use vsock::{accept_from_host, listen_on_vsock};

@@ -25,6 +25,8 @@ use rustix::thread::ThreadNameSpaceType;
 
 use crate::command::Command;
 use crate::failure::{internal, invalid, unusable_directory};
+use crate::freezer::{Frozen, Groups};
+use crate::identity::Files;
 use crate::sys::{self, Child, Stage, Start};
 use crate::{files, mounts};
 
@@ -43,6 +45,12 @@ pub struct Place {
     pub terminals: OwnedFd,
     /// The host name, for HOSTNAME.
     pub hostname: String,
+    /// The files that say who the guest is.
+    pub identity: Option<Files>,
+    /// The groups in which commands are frozen; without any, a guest with commands cannot park.
+    pub groups: Option<Groups>,
+    /// /dev/urandom, opened before any command could put something else there.
+    pub random: OwnedFd,
     /// The root of the writable file system, to be made clean at power-off.
     pub scratch: Option<OwnedFd>,
     /// Process 1 is a reaper of ours.
@@ -53,6 +61,10 @@ pub struct Place {
 pub(crate) struct Workload {
     pub(crate) place: Place,
     first: First,
+    /// The first command is a warm-up: another first one follows it.
+    warming: bool,
+    /// A command has been started since the namespace is there.
+    has_started: bool,
     /// New children of the agent go to the namespace.
     entered: bool,
     /// The namespace has its own /proc.
@@ -95,8 +107,14 @@ struct Theirs {
 impl Workload {
     /// A namespace for commands, with its reaper when the place wants one.
     pub(crate) fn new(place: Place) -> Result<Self, Failed> {
-        let mut workload =
-            Self { place, first: First::Missing, entered: false, proc_mounted: Cell::new(false) };
+        let mut workload = Self {
+            place,
+            first: First::Missing,
+            warming: false,
+            has_started: false,
+            entered: false,
+            proc_mounted: Cell::new(false),
+        };
         if workload.place.reaper {
             let reaper = sys::start_reaper().map_err(|error| internal("start the reaper", error))?;
             workload.enter(reaper.pidfd.as_fd())?;
@@ -122,8 +140,17 @@ impl Workload {
                     "the guest's first command has ended, and all its processes with it".into(),
                 ));
             }
+            First::Command(_) if self.warming => {
+                return Err(invalid("a warm-up runs, and nothing beside it".into()));
+            }
+            First::Command(_) if exec.warmup => {
+                return Err(invalid(
+                    "the guest's first command has started: it is too late to warm up".into(),
+                ));
+            }
             First::Reaper(_) | First::Command(_) => false,
         };
+        let is_warmup = is_first && exec.warmup;
         if !is_first && !self.entered {
             let first = first.ok_or_else(|| invalid("the guest's first command is gone".into()))?;
             self.enter(first)?;
@@ -136,9 +163,12 @@ impl Workload {
             None => pipes(uid, stdin),
         };
         let (streams, theirs) = made.map_err(|error| internal("make the command's streams", error))?;
-        let child = self.spawn(&command, is_first, tty.is_some(), &theirs)?;
+        let group = self.place.groups.as_ref().map(Groups::commands);
+        let child = self.spawn(&command, is_first, tty.is_some(), &theirs, group)?;
+        self.has_started = true;
         if is_first {
             self.first = First::Command(child.pid);
+            self.warming = is_warmup;
         }
         Ok(Running { child, is_first, streams })
     }
@@ -149,6 +179,7 @@ impl Workload {
         is_first: bool,
         terminal: bool,
         theirs: &Theirs,
+        control_group: Option<BorrowedFd<'_>>,
     ) -> Result<Child, Failed> {
         let groups: Vec<Gid> = command.identity.groups.iter().copied().map(Gid::from_raw).collect();
         let stdin = theirs.stdin.as_ref().unwrap_or(&self.place.null);
@@ -158,6 +189,7 @@ impl Workload {
             stdio: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
             terminal,
             prepare: (!self.proc_mounted.get()).then_some(mounts::proc as fn() -> Result<(), Errno>),
+            control_group,
             groups: &groups,
             gid: Gid::from_raw(command.identity.gid),
             uid: Uid::from_raw(command.identity.uid),
@@ -222,7 +254,62 @@ impl Workload {
 
     /// Says that the command that was process 1 has been reaped.
     pub(crate) fn first_has_ended(&mut self) {
-        self.first = First::Ended;
+        if core::mem::take(&mut self.warming) {
+            self.first = First::Missing;
+            self.forget_proc();
+        } else {
+            self.first = First::Ended;
+        }
+    }
+
+    /// Starts a hook, as root, with nothing to read and nobody who reads: beside the commands there are, or alone in a
+    /// namespace that ends with it. [`hook_has_ended`](Self::hook_has_ended) follows.
+    pub(crate) fn start_hook(
+        &mut self,
+        exec: Exec,
+        first: Option<BorrowedFd<'_>>,
+        control_group: Option<BorrowedFd<'_>>,
+    ) -> Result<Child, Failed> {
+        let alone = match self.first {
+            First::Missing => true,
+            First::Ended => return Err(invalid("the guest's first command has ended".into())),
+            First::Reaper(_) | First::Command(_) => false,
+        };
+        if !alone && !self.entered {
+            let first = first.ok_or_else(|| invalid("the guest's first command is gone".into()))?;
+            self.enter(first)?;
+        }
+        let command = Command::prepare(exec, &self.place.hostname)?;
+        let streams = Theirs { stdin: None, stdout: None, stderr: None };
+        self.spawn(&command, alone, false, &streams, control_group)
+    }
+
+    /// Says that a hook has been reaped.
+    pub(crate) fn hook_has_ended(&mut self) {
+        if matches!(self.first, First::Missing) {
+            self.forget_proc();
+        }
+    }
+
+    /// Takes away the /proc of a namespace that is gone, and that another follows.
+    fn forget_proc(&self) {
+        if self.proc_mounted.replace(false) {
+            mounts::undo_proc();
+        }
+    }
+
+    /// Stops every process of the guest's.
+    ///
+    /// # Errors
+    /// When one does not stop, and then all go on; or when there is no way to stop any.
+    pub(crate) fn freeze(&self) -> Result<Frozen, Failed> {
+        if self.is_empty() || !self.has_started {
+            return Ok(Frozen::default());
+        }
+        match &self.place.groups {
+            Some(groups) => groups.freeze(),
+            None => Err(invalid("the guest's kernel has no control groups to stop its processes by".into())),
+        }
     }
 
     /// Reaps the reaper, if it has ended.

@@ -5,13 +5,19 @@
 
 #![forbid(unsafe_code)]
 
+#[path = "agent/groups.rs"]
+mod groups;
 #[path = "agent/guest.rs"]
 mod guest;
+#[path = "agent/machine.rs"]
+mod machine;
 
 #[path = "agent/commands.rs"]
 mod commands;
 #[path = "agent/namespaces.rs"]
 mod namespaces;
+#[path = "agent/parking.rs"]
+mod parking;
 #[path = "agent/rules.rs"]
 mod rules;
 #[path = "agent/setup.rs"]

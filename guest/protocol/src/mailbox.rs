@@ -25,6 +25,8 @@ pub const BYTES: usize = 0x1_0000;
 
 /// Where the acknowledgement is.
 pub const ACKNOWLEDGED_AT: usize = 16;
+/// Where the entropy is: the agent wipes it out once it has taken the mail.
+pub const ENTROPY_AT: usize = 40;
 /// The bytes of a [`Generation`] in the mailbox, from its start; the acknowledgement lies in them, zero.
 pub const GENERATION_BYTES: usize = 204;
 /// The bytes of a generation's id.
@@ -91,7 +93,7 @@ impl Generation {
         Some(Self {
             id,
             realtime_ns: u64::from_le_bytes(field(bytes, 32)),
-            entropy: field(bytes, 40),
+            entropy: field(bytes, ENTROPY_AT),
             machine_id: field(bytes, 104),
             boot_id: field(bytes, 120),
             hostname: hostname.iter().copied().map(char::from).collect(),

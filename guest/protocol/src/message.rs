@@ -107,6 +107,11 @@ pub struct Exec {
     /// terminal one on which nobody types.
     #[prost(bool, tag = "7")]
     pub stdin: bool,
+    /// Warms the guest up before its first command: it runs alone, as process 1 of a namespace that ends with it, and
+    /// the guest's first command is still to come. Refused once that has started, and beside any other command. Where
+    /// a reaper is process 1, this is a command like any other.
+    #[prost(bool, tag = "8")]
+    pub warmup: bool,
 }
 
 /// The size of a terminal in characters.

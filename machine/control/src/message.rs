@@ -35,10 +35,10 @@ pub enum Do {
     /// Lets a paused or parked machine go on. Answered by [`Entered`].
     #[prost(message, tag = "7")]
     Resume(Resume),
-    /// Writes the memory of a paused machine to a file. Answered by [`Saved`].
+    /// Writes the memory of a machine to a file. Answered by [`Saved`].
     #[prost(message, tag = "8")]
     SaveMemory(SaveMemory),
-    /// Writes everything else of a paused machine to a file. Answered by [`Saved`].
+    /// Writes everything else of a machine to a file. Answered by [`Saved`].
     #[prost(message, tag = "9")]
     SaveState(SaveState),
 }
@@ -108,11 +108,13 @@ pub struct Resume {
     pub generation: Vec<u8>,
 }
 
-/// Writes the machine's memory to the empty file beside the packet, pages of zeros as holes.
+/// Writes the machine's memory to the empty file beside the packet, pages of zeros as holes. A machine that runs is copied while it
+/// runs, and stands still for a moment at the end.
 #[derive(Clone, PartialEq, Message)]
 pub struct SaveMemory {}
 
-/// Writes the machine's state to the empty file beside the packet.
+/// Writes the machine's state to the empty file beside the packet: as it is, or for a machine that runs as it was at the instant of the
+/// last [`SaveMemory`].
 #[derive(Clone, PartialEq, Message)]
 pub struct SaveState {
     /// SHA-256 of the guest kernel, 32 bytes.
@@ -270,7 +272,7 @@ pub struct Adopted {
     pub at_ns: u64,
 }
 
-/// What came of [`SaveMemory`] or [`SaveState`]. The machine stands still as before.
+/// What came of [`SaveMemory`] or [`SaveState`]. The machine runs, or stands still, as before.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Saved {
     /// Why the file is of no use, in one line; empty when it is whole.
@@ -279,6 +281,9 @@ pub struct Saved {
     /// How long it took, in nanoseconds.
     #[prost(uint64, tag = "2")]
     pub took_ns: u64,
+    /// How long a machine that runs stood still for it, in nanoseconds.
+    #[prost(uint64, tag = "3")]
+    pub paused_ns: u64,
 }
 
 /// The vCPUs entered the guest.

@@ -1,46 +1,58 @@
 //! All of RAM in a file, and a file in the place of RAM.
+//!
+//! In a file RAM is an *image*: its regions end to end, pages of zeros as holes.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
 
-use crate::{GuestMemory, PAGE_BYTES, Region};
+use kiln_support::sparse;
+
+use crate::{Gpa, GuestMemory, PAGE_BYTES, Region};
 
 /// How much is looked at together.
 const CHUNK_BYTES: u64 = 1 << 20;
-/// One 64-bit entry for each page of the process; zero for one that was never touched. Linux
-/// `Documentation/admin-guide/mm/pagemap.rst`.
+/// One 64-bit entry for each page of the process. Linux `Documentation/admin-guide/mm/pagemap.rst`.
 const PAGEMAP: &str = "/proc/self/pagemap";
 const PAGEMAP_ENTRY_BYTES: u64 = 8;
+/// The page is in memory.
+const PRESENT: u64 = 1 << 63;
+/// The page is in swap space.
+const SWAPPED: u64 = 1 << 62;
+/// The page is the file's own.
+const OF_FILE: u64 = 1 << 61;
 
 impl GuestMemory {
-    /// Writes all of RAM to `file`: its regions end to end, pages of zeros as holes.
+    /// Writes all of RAM to `file`, which must be empty.
     ///
     /// The guest must not run. Costs a copy of what the guest has touched, and nothing for what it has not.
     ///
     /// # Errors
     /// What the file system says; the file is of no use then.
     pub fn save(&self, file: &File) -> io::Result<()> {
-        file.set_len(0)?;
-        file.set_len(self.bytes())?;
-        let pagemap = File::open(PAGEMAP)?;
-        let mut chunk = vec![0; CHUNK_BYTES as usize];
-        let mut place = 0;
-        for region in self.regions() {
-            for start in (0..region.bytes).step_by(CHUNK_BYTES as usize) {
-                let bytes = CHUNK_BYTES.min(region.bytes - start);
-                let touched = self.touched(&pagemap, region, start, bytes)?;
-                self.save_pages(file, &mut chunk, crate::Gpa(region.at.0 + start), place + start, &touched)?;
-            }
-            place += region.bytes;
+        match &*self.base() {
+            Some(base) => sparse::copy(base, file)?,
+            None => file.set_len(self.bytes())?,
         }
-        Ok(())
+        self.save_pages(file, &self.changed()?)
     }
 
-    /// Puts the content of `file`, as [`save`](Self::save) wrote it, in the place of all of RAM. What is written from now on stays
-    /// in this process, and nothing is read before it is touched.
+    /// Writes what the guest has [changed](Self::changed) to `file`, which must be empty, and says what that is: put over what RAM
+    /// was made from, it is all of RAM.
+    ///
+    /// # Errors
+    /// What the file system says; the file is of no use then.
+    pub fn save_changes(&self, file: &File) -> io::Result<Vec<Range<u64>>> {
+        file.set_len(self.bytes())?;
+        let changed = self.changed()?;
+        self.save_pages(file, &changed)?;
+        Ok(changed)
+    }
+
+    /// Puts the image in `file` in the place of all of RAM. What is written from now on stays in this process, and nothing is read
+    /// before it is touched.
     ///
     /// Whoever can change or cut the file changes, or ends, this machine: it must be sealed, or nobody else's.
     ///
@@ -51,7 +63,7 @@ impl GuestMemory {
         if file.metadata()?.len() != self.bytes() {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        self.overlaid().store(true, Ordering::Relaxed);
+        *self.base() = Some(file.try_clone()?);
         let mut place = 0;
         for region in self.regions() {
             // SAFETY: the range is a region of ours, mapped as long as `self` lives, and stays so: one mapping takes the
@@ -74,49 +86,70 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Which pages of the chunk at `start` may hold something.
-    fn touched(&self, pagemap: &File, region: Region, start: u64, bytes: u64) -> io::Result<Vec<bool>> {
-        let pages = bytes / PAGE_BYTES;
-        if self.overlaid().load(Ordering::Relaxed) {
-            // A page that this process never touched has what the file has.
-            return Ok(vec![true; pages as usize]);
+    /// The pages, as ranges of the image, that were written since RAM was made, or since the file was put in its place: those the
+    /// process has of its own. In ascending order; neighbours are one range.
+    ///
+    /// # Errors
+    /// What the host says when it does not let the process look at its own page table.
+    pub fn changed(&self) -> io::Result<Vec<Range<u64>>> {
+        let pagemap = File::open(PAGEMAP)?;
+        let mut entries = Vec::new();
+        let mut changed: Vec<Range<u64>> = Vec::new();
+        let mut place = 0;
+        for region in self.regions() {
+            for start in (0..region.bytes).step_by((CHUNK_BYTES * 64) as usize) {
+                let pages = (CHUNK_BYTES * 64).min(region.bytes - start) / PAGE_BYTES;
+                entries.resize((pages * PAGEMAP_ENTRY_BYTES) as usize, 0);
+                let first = (region.host_address + start) / PAGE_BYTES;
+                pagemap.read_exact_at(&mut entries, first * PAGEMAP_ENTRY_BYTES)?;
+                let (entries, _) = entries.as_chunks();
+                for (page, _) in (0..).zip(entries).filter(|(_, entry)| is_own(u64::from_ne_bytes(**entry))) {
+                    let at: u64 = place + start + page * PAGE_BYTES;
+                    match changed.last_mut() {
+                        Some(last) if last.end == at => last.end += PAGE_BYTES,
+                        _ => changed.push(at..at + PAGE_BYTES),
+                    }
+                }
+            }
+            place += region.bytes;
         }
-        let mut entries = vec![0; (pages * PAGEMAP_ENTRY_BYTES) as usize];
-        let first = (region.host_address + start) / PAGE_BYTES;
-        pagemap.read_exact_at(&mut entries, first * PAGEMAP_ENTRY_BYTES)?;
-        Ok(entries.chunks_exact(PAGEMAP_ENTRY_BYTES as usize).map(|entry| entry != [0; 8]).collect())
+        Ok(changed)
     }
 
-    /// Writes the touched pages of a chunk that are not all zeros, neighbours together.
-    fn save_pages(
-        &self,
-        file: &File,
-        chunk: &mut [u8],
-        at: crate::Gpa,
-        place: u64,
-        touched: &[bool],
-    ) -> io::Result<()> {
-        const PAGE: usize = PAGE_BYTES as usize;
-        let mut run = 0..0;
-        for (page, touched) in touched.iter().enumerate() {
-            let bytes = page * PAGE..(page + 1) * PAGE;
-            if !touched {
-                continue;
-            }
-            let content = &mut chunk[bytes.clone()];
-            self.read(crate::Gpa(at.0 + bytes.start as u64), content).map_err(io::Error::other)?;
-            if content.iter().all(|byte| *byte == 0) {
-                continue;
-            }
-            if run.end == bytes.start && !run.is_empty() {
-                run.end = bytes.end;
-            } else {
-                file.write_all_at(&chunk[run.clone()], place + run.start as u64)?;
-                run = bytes;
+    /// Writes `ranges` of the image to their places in `file`, pages of zeros as holes.
+    ///
+    /// # Errors
+    /// What the file system says; [`io::ErrorKind::InvalidInput`] for what is not of the image.
+    pub fn save_pages(&self, file: &File, ranges: &[Range<u64>]) -> io::Result<()> {
+        let mut chunk = Vec::new();
+        for range in ranges {
+            let mut at = range.start;
+            while at < range.end {
+                let (gpa, left) = self.at(at).ok_or(io::ErrorKind::InvalidInput)?;
+                let bytes = CHUNK_BYTES.min(range.end - at).min(left);
+                chunk.resize(bytes as usize, 0);
+                self.read(gpa, &mut chunk).map_err(io::Error::other)?;
+                sparse::write(file, &chunk, at)?;
+                at += bytes;
             }
         }
-        file.write_all_at(&chunk[run.clone()], place + run.start as u64)
+        Ok(())
     }
+
+    /// Where in RAM the place `at` of the image is, and how much of its region is left there.
+    fn at(&self, at: u64) -> Option<(Gpa, u64)> {
+        let mut place = 0;
+        self.regions().find_map(|Region { at: start, bytes, .. }| {
+            let offset = at.checked_sub(place)?;
+            place += bytes;
+            (offset < bytes).then(|| (Gpa(start.0 + offset), bytes - offset))
+        })
+    }
+}
+
+/// Whether a page is the process's own and not a file's, or nobody's.
+fn is_own(entry: u64) -> bool {
+    entry & SWAPPED != 0 || entry & (PRESENT | OF_FILE) == PRESENT
 }
 
 #[cfg(test)]
@@ -175,6 +208,40 @@ mod tests {
         let again = GuestMemory::new(1 << 20).expect("mapped");
         again.overlay(&saved(&one)).expect("overlaid");
         assert_eq!([0x1000, 0x8000].map(|at| again.read_u64(Gpa(at))), [Ok(7), Ok(2)]);
+    }
+
+    #[test]
+    fn changes_put_over_the_base_are_all_of_ram() {
+        let memory = GuestMemory::new(4 << 30).expect("mapped");
+        for place in [0x1000, 0x2000, 0x8000, HIGH_RAM_START.0] {
+            memory.write_u64(Gpa(place), place | 1).expect("RAM");
+        }
+        let base = saved(&memory);
+        let copy = GuestMemory::new(4 << 30).expect("mapped");
+        copy.overlay(&base).expect("overlaid");
+        assert_eq!(copy.changed().expect("a page table"), []);
+        copy.read_u64(Gpa(0x8000)).expect("RAM");
+        // A page that becomes zeros, one that was, and neighbours.
+        copy.write_u64(Gpa(0x2000), 0).expect("RAM");
+        copy.write_u64(Gpa(0x3000), 0).expect("RAM");
+        copy.write_u64(Gpa(0x4000), 4).expect("RAM");
+        copy.write_u64(Gpa(HIGH_RAM_START.0 + 0x5000), 5).expect("RAM");
+        let changes = tempfile::tempfile().expect("a file");
+        let changed = copy.save_changes(&changes).expect("saved");
+        let high = 3 << 30;
+        assert_eq!(changed, [0x2000..0x5000, high + 0x5000..high + 0x6000]);
+
+        let merged = tempfile::tempfile().expect("a file");
+        sparse::copy(&base, &merged).expect("copied");
+        sparse::patch(&changes, &merged, &changed).expect("patched");
+        let full = saved(&copy);
+        let data = |file| sparse::data(file, 0).collect::<io::Result<Vec<_>>>().expect("a file with holes");
+        assert_eq!(data(&merged), data(&full));
+        let again = GuestMemory::new(4 << 30).expect("mapped");
+        again.overlay(&merged).expect("overlaid");
+        for place in [0x1000, 0x2000, 0x3000, 0x4000, 0x8000, HIGH_RAM_START.0, HIGH_RAM_START.0 + 0x5000] {
+            assert_eq!(again.read_u64(Gpa(place)), copy.read_u64(Gpa(place)), "{place:#x}");
+        }
     }
 
     #[test]

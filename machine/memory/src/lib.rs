@@ -19,7 +19,9 @@ mod address;
 mod image;
 mod memory;
 mod slices;
+mod watch;
 
 pub use address::{Gpa, Span};
 pub use memory::{GuestMemory, HIGH_RAM_START, MMIO_HOLE_START, MapError, OutOfRange, PAGE_BYTES, Region};
 pub use slices::Slices;
+pub use watch::Watch;

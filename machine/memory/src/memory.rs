@@ -1,8 +1,9 @@
 //! The guest's RAM and checked access to it.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::fs::File;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
@@ -25,8 +26,8 @@ pub const PAGE_BYTES: u64 = 4096;
 #[derive(Clone)]
 pub struct GuestMemory {
     ram: Arc<GuestMemoryMmap>,
-    /// A file is mapped in the place of RAM, so that a page never touched may hold something.
-    overlaid: Arc<AtomicBool>,
+    /// The file mapped in the place of RAM, in which the pages are that this process has not written.
+    base: Arc<Mutex<Option<File>>>,
 }
 
 /// One contiguous piece of RAM, as a hypervisor maps it.
@@ -88,7 +89,7 @@ impl GuestMemory {
         }
         // Anonymous, private, not reserved: what `from_ranges` maps.
         let ram = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| MapError::Host { bytes, source })?;
-        Ok(Self { ram: Arc::new(ram), overlaid: Arc::default() })
+        Ok(Self { ram: Arc::new(ram), base: Arc::default() })
     }
 
     /// The pieces of RAM in ascending order: one, or two when there is RAM past the MMIO hole.
@@ -233,8 +234,9 @@ impl GuestMemory {
         Ok(Slices::new(&pieces))
     }
 
-    pub(crate) fn overlaid(&self) -> &AtomicBool {
-        &self.overlaid
+    /// The file in the place of RAM, if there is one.
+    pub(crate) fn base(&self) -> MutexGuard<'_, Option<File>> {
+        self.base.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The checked run itself. RAM regions never touch each other, so a run that is all RAM lies in one of them.

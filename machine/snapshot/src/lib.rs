@@ -12,10 +12,12 @@
 
 #![forbid(unsafe_code)]
 
+mod diff;
 mod header;
 mod read;
 mod write;
 
+pub use diff::{DIFF_HEADER_BYTES, DIFF_VERSION, DiffError, RUNS_MAX, apply_diff, write_diff};
 pub use header::{FORMAT_VERSION, HEADER_BYTES, Header, HeaderError, VMM_BYTES_MAX};
 pub use read::{LoadError, read, read_header};
 pub use write::{WriteError, write};

@@ -16,17 +16,18 @@ use alloc::vec::Vec;
 use core::ffi::{CStr, c_char, c_void};
 use core::ptr::{null, null_mut};
 
-use rustix::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use rustix::fd::{AsRawFd as _, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::fs::{Gid, Uid};
 use rustix::io::Errno;
 use rustix::process::Pid;
 
-use super::arch::{self, syscall};
+use super::arch::{self, CloneArguments, syscall};
 
-const CLONE_VM: usize = 0x100;
-const CLONE_PIDFD: usize = 0x1000;
-const CLONE_VFORK: usize = 0x4000;
-const CLONE_NEWPID: usize = 0x2000_0000;
+const CLONE_VM: u64 = 0x100;
+const CLONE_PIDFD: u64 = 0x1000;
+const CLONE_VFORK: u64 = 0x4000;
+const CLONE_NEWPID: u64 = 0x2000_0000;
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const SIGTERM: usize = 15;
 const SIGCHLD: usize = 17;
 
@@ -48,6 +49,8 @@ pub struct Start<'a> {
     pub terminal: bool,
     /// Run first, as the child, in its namespace.
     pub prepare: Option<fn() -> Result<(), Errno>>,
+    /// The control group it is born in, which must not be frozen; without one, the agent's own.
+    pub control_group: Option<BorrowedFd<'a>>,
     /// All its groups.
     pub groups: &'a [Gid],
     /// The group it runs as.
@@ -130,7 +133,8 @@ pub fn start(start: &Start<'_>, new_namespace: bool) -> Result<Child, Failure> {
         failure: None,
     };
     let namespace = if new_namespace { CLONE_NEWPID } else { 0 };
-    let mut child = clone(CLONE_VM | CLONE_VFORK | namespace, run_command, (&raw mut context).cast())
+    let flags = CLONE_VM | CLONE_VFORK | namespace;
+    let mut child = clone(flags, start.control_group, run_command, (&raw mut context).cast())
         .map_err(|error| (Stage::Clone, error))?;
     match context.failure {
         None => {
@@ -151,7 +155,7 @@ pub fn start(start: &Start<'_>, new_namespace: bool) -> Result<Child, Failure> {
 /// # Errors
 /// What clone(2) reports.
 pub fn start_reaper() -> Result<Child, Errno> {
-    clone(CLONE_NEWPID, run_reaper, null_mut())
+    clone(CLONE_NEWPID, None, run_reaper, null_mut())
 }
 
 /// Takes the status of `child` when it has ended, or waits for that.
@@ -196,15 +200,30 @@ pub fn signal(child: Pid, group: bool, number: u32) -> Result<(), Errno> {
     unsafe { syscall(arch::KILL, [target as usize, number as usize, 0, 0, 0]) }.map(|_| ())
 }
 
-fn clone(flags: usize, run: extern "C" fn(*mut c_void) -> !, argument: *mut c_void) -> Result<Child, Errno> {
+fn clone(
+    mut flags: u64,
+    control_group: Option<BorrowedFd<'_>>,
+    run: extern "C" fn(*mut c_void) -> !,
+    argument: *mut c_void,
+) -> Result<Child, Errno> {
     // Not written to: only the pages the child uses are touched.
     let mut stack = Box::<[u128]>::new_uninit_slice(STACK_BYTES / size_of::<u128>());
-    let stack_end = stack.as_mut_ptr_range().end.cast();
     let mut pidfd = -1;
+    if control_group.is_some() {
+        flags |= CLONE_INTO_CGROUP;
+    }
+    let arguments = CloneArguments {
+        flags: flags | CLONE_PIDFD,
+        pidfd: (&raw mut pidfd).expose_provenance() as u64,
+        exit_signal: SIGCHLD as u64,
+        stack: stack.as_mut_ptr().expose_provenance() as u64,
+        stack_size: STACK_BYTES as u64,
+        cgroup: control_group.map_or(0, |group| group.as_raw_fd() as u64),
+        ..CloneArguments::default()
+    };
     // SAFETY: `run` is one of ours, none of which returns. With CLONE_VM there is CLONE_VFORK too (`start`), so the
     // stack and what `argument` points to outlive the child's use of them; without, it has copies.
-    let pid =
-        unsafe { arch::clone(flags | CLONE_PIDFD | SIGCHLD, stack_end, &raw mut pidfd, run, argument) }?;
+    let pid = unsafe { arch::clone(&arguments, run, argument) }?;
     let pid = Pid::from_raw(pid as i32).ok_or(Errno::CHILD)?;
     // SAFETY: clone has just made this descriptor for us alone.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };

@@ -20,13 +20,6 @@ pub(crate) fn exit(code: i32) -> ! {
     unsafe { asm!("syscall", in("rax") EXIT_GROUP, in("rdi") code, options(noreturn, nostack)) }
 }
 
-/// Writes to the console, which the kernel opened as descriptors 0 to 2. When it fails there is nobody else to tell.
-pub(crate) fn write(text: &[u8]) {
-    // SAFETY: the program never closes its descriptors 0 to 2.
-    let console = unsafe { rustix::stdio::stderr() };
-    let _ = rustix::io::write(console, text);
-}
-
 /// The length of a C string.
 ///
 /// # Safety

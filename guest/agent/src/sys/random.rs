@@ -30,7 +30,10 @@ pub fn add_entropy(device: impl AsFd, bytes: &[u8]) -> Result<(), Errno> {
     info.buffer[..bytes.len()].copy_from_slice(bytes);
     let device = device.as_fd().as_raw_fd() as usize;
     // SAFETY: the kernel reads a rand_pool_info, whose `bytes` says how many follow.
-    unsafe { syscall(arch::IOCTL, [device, RNDADDENTROPY, (&raw const info).expose_provenance(), 0, 0]) }?;
+    let added =
+        unsafe { syscall(arch::IOCTL, [device, RNDADDENTROPY, (&raw const info).expose_provenance(), 0, 0]) };
+    super::wipe(&mut info.buffer);
+    added?;
     // SAFETY: this request takes no argument.
     unsafe { syscall(arch::IOCTL, [device, RNDRESEEDCRNG, 0, 0, 0]) }?;
     Ok(())

@@ -1,13 +1,16 @@
 //! An agent to talk to, and the host's half of the conversation.
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::thread::JoinHandle;
 
-use kiln_agent::Place;
 use kiln_agent::listen::Listener;
-use kiln_agent::server::{Agent, SetUp};
+use kiln_agent::power::Power;
+use kiln_agent::server::{Agent, Fault, SetUp};
+use kiln_agent::{Life, Place};
 use kiln_protocol::frame::{self, HEADER_BYTES, Kind};
 use kiln_protocol::{
     Call, Exec, Exited, Failed, INITIAL_CREDIT_BYTES, MAX_DATA_BYTES, Outcome, PowerOff, Reason, Reply,
@@ -18,6 +21,8 @@ use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::thread::UnshareFlags;
 
+use crate::groups;
+
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001:App:/home/app:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nwheel:x:10:app\napps:x:1001:\naudio:x:29:app\n";
 /// A file system that is there only for the test: mounted over this directory in its own namespace.
@@ -25,9 +30,14 @@ const ROOT: &str = "/mnt";
 
 /// A running agent. Dropping it powers it off, and waits for that.
 pub(crate) struct Guest {
-    _directory: tempfile::TempDir,
-    socket: std::path::PathBuf,
-    thread: Option<JoinHandle<()>>,
+    directory: tempfile::TempDir,
+    socket: PathBuf,
+    thread: Option<JoinHandle<Result<(), Fault>>>,
+}
+
+thread_local! {
+    /// A directory of the test's, which commands see as /host.
+    static SHARED: RefCell<PathBuf> = RefCell::default();
 }
 
 impl Guest {
@@ -43,17 +53,32 @@ impl Guest {
         set_up: SetUp,
         after: impl FnOnce() + Send + 'static,
     ) -> Self {
+        Self::begin_on(Power::none, before, set_up, after)
+    }
+
+    /// The same on a machine.
+    pub(crate) fn begin_on(
+        power: impl FnOnce() -> Power + Send + 'static,
+        before: impl FnOnce() + Send + 'static,
+        set_up: SetUp,
+        after: impl FnOnce() + Send + 'static,
+    ) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let socket = directory.path().join("agent");
         let listener = UnixListener::bind(&socket).expect("a Unix socket");
         listener.set_nonblocking(true).expect("a socket");
+        let shared = directory.path().to_owned();
         let thread = std::thread::spawn(move || {
+            SHARED.set(shared);
             before();
-            let agent = Agent::new(Listener::Unix(listener.into()), set_up).expect("an agent");
-            agent.run().expect("the agent serves");
+            let power = power();
+            let agent = Agent::new(Listener::Unix(listener.into()), set_up, &power).expect("an agent");
+            let outcome = agent.run();
             after();
+            groups::remove();
+            outcome
         });
-        Self { _directory: directory, socket, thread: Some(thread) }
+        Self { directory, socket, thread: Some(thread) }
     }
 
     /// An agent whose first command is process 1, as with `docker run`.
@@ -67,10 +92,20 @@ impl Guest {
     }
 
     fn set_up(reaper: bool) -> Self {
-        let guest = Self::bare();
+        Self::bare().ready(reaper)
+    }
+
+    /// Has been set up.
+    pub(crate) fn ready(self, reaper: bool) -> Self {
+        let guest = self;
         let done = guest.call(Call::Setup(Setup { hostname: "box".into(), reaper, ..Setup::default() }));
         assert!(matches!(done, Outcome::Done(_)), "{done:?}");
         guest
+    }
+
+    /// What commands see as /host.
+    pub(crate) fn shared(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
     }
 
     pub(crate) fn connect(&self) -> Stream {
@@ -121,8 +156,13 @@ impl Guest {
     /// Powers the agent off, and waits until it has.
     pub(crate) fn power_off(mut self, grace_ms: u64) -> Outcome {
         let outcome = self.call(Call::PowerOff(PowerOff { grace_ms }));
-        self.thread.take().expect("not joined before").join().expect("the agent ends in order");
+        self.join().expect("the agent ends in order");
         outcome
+    }
+
+    /// Waits until the agent has ended.
+    pub(crate) fn join(&mut self) -> Result<(), Fault> {
+        self.thread.take().expect("not joined before").join().expect("the agent does not panic")
     }
 }
 
@@ -137,7 +177,7 @@ impl Drop for Guest {
             }
             let ended = thread.join();
             if !std::thread::panicking() {
-                ended.expect("the agent ends in order");
+                ended.expect("the agent does not panic").expect("the agent ends in order");
             }
         }
     }
@@ -273,9 +313,9 @@ pub(crate) fn sh(script: &str) -> Exec {
     exec(["/bin/sh", "-c", script])
 }
 
-/// Gives this thread mounts of its own.
-fn own_mounts() {
-    own_namespaces(UnshareFlags::NEWNS);
+/// Gives this thread mounts and a host name of its own.
+pub(crate) fn own_mounts() {
+    own_namespaces(UnshareFlags::NEWNS | UnshareFlags::NEWUTS);
 }
 
 /// Gives this thread namespaces of its own, one for mounts among them.
@@ -288,19 +328,24 @@ pub(crate) fn own_namespaces(namespaces: UnshareFlags) {
 
 /// What stands in for the set-up of a guest: a root for commands, made of the host's programs.
 #[allow(clippy::unnecessary_wraps, reason = "it stands in for what can fail")]
-fn make_root(setup: &Setup) -> Result<Place, Failed> {
+pub(crate) fn make_root(setup: &Setup, _life: Option<&Life>) -> Result<Place, Failed> {
     let at = |path: &str| format!("{ROOT}{path}");
     rustix::mount::mount("root", ROOT, "tmpfs", MountFlags::empty(), None).expect("a tmpfs");
-    for directory in ["/usr", "/etc", "/dev", "/proc", "/tmp", "/root"] {
+    for directory in ["/usr", "/etc", "/dev", "/proc", "/tmp", "/root", "/host", "/cgroup"] {
         std::fs::create_dir(at(directory)).expect("a directory");
     }
     rustix::mount::mount_bind("/usr", at("/usr")).expect("a bind mount");
+    SHARED.with_borrow(|shared| {
+        rustix::mount::mount_bind(shared.as_path(), at("/host")).expect("a bind mount");
+    });
+    rustix::mount::mount("cgroup", at("/cgroup"), "cgroup2", MountFlags::empty(), None)
+        .expect("control groups");
     for link in ["/bin", "/sbin", "/lib", "/lib64"] {
         std::os::unix::fs::symlink(format!("usr{link}"), at(link)).expect("a link");
     }
     std::fs::write(at("/etc/passwd"), PASSWD).expect("a file");
     std::fs::write(at("/etc/group"), GROUP).expect("a file");
-    for (path, minor) in [("/dev/null", 3), ("/dev/zero", 5)] {
+    for (path, minor) in [("/dev/null", 3), ("/dev/zero", 5), ("/dev/urandom", 9)] {
         let mode = Mode::from_raw_mode(0o666);
         let number = rustix::fs::makedev(1, minor);
         rustix::fs::mknodat(CWD, at(path), FileType::CharacterDevice, mode, number).expect("a device node");
@@ -326,6 +371,9 @@ fn make_root(setup: &Setup) -> Result<Place, Failed> {
         null: open("/dev/null", OFlags::RDWR),
         terminals: open("/dev/pts", OFlags::PATH),
         hostname: setup.hostname.clone(),
+        identity: None,
+        groups: Some(groups::own("/cgroup")),
+        random: open("/dev/urandom", OFlags::RDWR),
         scratch: None,
         reaper: setup.reaper,
     })

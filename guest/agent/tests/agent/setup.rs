@@ -6,22 +6,24 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc;
 
-use kiln_agent::setup::set_up;
-use kiln_protocol::{Call, Exec, Outcome, Reason, Setup, WindowSize};
+use kiln_agent::power::Power;
+use kiln_agent::{Life, Place};
+use kiln_protocol::{Call, Exec, Failed, Outcome, Reason, Setup, WindowSize};
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::mount::MountFlags;
 use rustix::thread::UnshareFlags;
 
+use crate::groups;
 use crate::guest::{Guest, exec, own_namespaces, sh};
 
 const SCRATCH_BYTES: u64 = 64 << 20;
 
 /// A guest set up from an image of busybox and a few traps.
-struct Booted {
-    guest: Guest,
+pub(crate) struct Booted {
+    pub(crate) guest: Guest,
     /// What the superblock of the scratch file system says after power-off.
     superblock: mpsc::Receiver<[u8; 1024]>,
-    _disks: [Disk; 2],
+    disks: [Disk; 2],
     _directory: tempfile::TempDir,
 }
 
@@ -76,7 +78,12 @@ impl Booted {
     }
 
     /// A guest from an image to which `add` has added something.
-    fn from_image(setup: Setup, add: impl FnOnce(&Path)) -> Self {
+    pub(crate) fn from_image(setup: Setup, add: impl FnOnce(&Path)) -> Self {
+        Self::begin(Power::none, add).set_up(Setup { reaper: true, ..setup })
+    }
+
+    /// A guest on a machine that has not been set up yet.
+    pub(crate) fn begin(power: impl FnOnce() -> Power + Send + 'static, add: impl FnOnce(&Path)) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let at = |name| directory.path().join(name);
         make_image(&at("tree"));
@@ -86,38 +93,48 @@ impl Booted {
         scratch.set_len(SCRATCH_BYTES).expect("a sparse file");
         run(Command::new("mkfs.ext4").arg("-q").arg(at("scratch")));
         let disks = [Disk::new(&at("image")), Disk::new(&at("scratch"))];
-        let [image_device, scratch_device] =
-            disks.each_ref().map(|disk| disk.0.to_string_lossy().into_owned());
 
         let (found, superblock) = mpsc::channel();
         let scratch = File::open(at("scratch")).expect("the file");
-        let guest = Guest::begin(initial_root, set_up, move || {
+        let guest = Guest::begin_on(power, initial_root, set_up, move || {
             let mut bytes = [0; 1024];
             scratch.read_exact_at(&mut bytes, 1024).expect("a superblock");
             let _ = found.send(bytes);
         });
+        Self { guest, superblock, disks, _directory: directory }
+    }
+
+    /// Has been set up.
+    pub(crate) fn set_up(self, setup: Setup) -> Self {
+        let [image_device, scratch_device] =
+            self.disks.each_ref().map(|disk| disk.0.to_string_lossy().into_owned());
         let setup = Setup {
             root_device: image_device,
             scratch_device: if setup.scratch_device == "none" { String::new() } else { scratch_device },
             hostname: "box".into(),
             entropy: vec![7; 32],
-            reaper: true,
             ..setup
         };
-        let outcome = guest.call(Call::Setup(setup));
+        let outcome = self.guest.call(Call::Setup(setup));
         assert!(matches!(outcome, Outcome::Done(_)), "{outcome:?}");
-        Self { guest, superblock, _disks: disks, _directory: directory }
+        self
     }
 
-    fn sh(&self, script: &str) -> String {
+    pub(crate) fn sh(&self, script: &str) -> String {
         let finished = self.guest.run(Exec { env: vec![b"PATH=/bin".to_vec()], ..sh(script) });
         let stderr = String::from_utf8_lossy(&finished.stderr);
         format!("{}{stderr}", String::from_utf8_lossy(&finished.stdout))
     }
 }
 
+/// The set-up of a guest, but for control groups, of which this host has one hierarchy for all.
+pub(crate) fn set_up(setup: &Setup, life: Option<&Life>) -> Result<Place, Failed> {
+    let place = kiln_agent::setup::set_up(setup, life)?;
+    Ok(Place { groups: Some(groups::own("/sys/fs/cgroup")), ..place })
+}
+
 /// An empty root in namespaces of its own, as the guest kernel's initramfs is.
-fn initial_root() {
+pub(crate) fn initial_root() {
     own_namespaces(UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWNET);
     rustix::mount::mount("root", "/mnt", "tmpfs", MountFlags::empty(), None).expect("a tmpfs");
     std::env::set_current_dir("/mnt").expect("the root");

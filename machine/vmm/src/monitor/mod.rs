@@ -84,7 +84,8 @@ fn serve(channel: &Arc<Channel>, spawned: Nanoseconds) -> Result<(), ChannelErro
         Ok(kvm) => kvm,
         Err(error) => return refuse(channel, ShellError::from(error).into()),
     };
-    let supervisor = |ports| Supervisor { channel, kvm: &kvm, ports, reporter: Arc::clone(&reporter) };
+    let supervisor =
+        |ports| Supervisor { channel, kvm: &kvm, ports, reporter: Arc::clone(&reporter), live: None };
     match order {
         Order::Start(start) => {
             match BootPlan::check(start, files).and_then(|plan| boot(&kvm, plan, &reporter)) {
@@ -96,8 +97,9 @@ fn serve(channel: &Arc<Channel>, spawned: Nanoseconds) -> Result<(), ChannelErro
             match RestorePlan::check(restore, files).and_then(|plan| restore::restore(&kvm, plan, &reporter))
             {
                 Ok((paused, ports)) => {
-                    let supervisor = supervisor(ports);
-                    supervisor.run(supervisor.enter(paused, ordered)?)
+                    let mut supervisor = supervisor(ports);
+                    let state = supervisor.enter(paused, ordered)?;
+                    supervisor.run(state)
                 }
                 Err(failure) => refuse(channel, failure),
             }

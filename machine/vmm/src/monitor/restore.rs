@@ -58,14 +58,13 @@ pub(super) fn restore(
     Ok((paused, ports))
 }
 
-/// Writes the state of a machine that stands still to `file`.
+/// Writes the state of a machine to `file`.
 pub(super) fn save_state(
     kvm: &Kvm,
-    paused: &mut Paused<Kvm>,
+    state: &MachineState,
     order: &SaveState,
     mut file: &File,
 ) -> Result<(), Failure> {
-    let state = paused.save().map_err(|error| Failure::host("cannot save the machine", &error))?;
     let header = Header {
         memory_bytes: u64::from(state.shape.memory_mib()) << 20,
         vcpus: state.shape.vcpus().into(),

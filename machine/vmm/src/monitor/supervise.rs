@@ -3,7 +3,7 @@
 //! ```text
 //!            Pause, or the guest parks
 //!          ┌───────────────────────────▶┐
-//! Start ─▶ running                     resting ◀─ SaveMemory, SaveState
+//! Start ─▶ running ◀─ SaveMemory ...   resting ◀─ SaveMemory, SaveState
 //! Restore ─▶ └◀───────────────────────────┘
 //!                      Resume
 //! ```
@@ -14,21 +14,21 @@ use std::sync::Arc;
 
 use kiln_control::{
     Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Entered, Happened, Parked,
-    Paused as PausedEvent, Resume, Saved,
+    Paused as PausedEvent, Resume, SaveState, Saved,
 };
 use kiln_hypervisor::Kvm;
 use kiln_virtio::VsockPorts;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use super::failure::{Failure, with_causes};
+use super::failure::with_causes;
 use super::report::{Reporter, send};
 use super::{CONSOLE_TAIL_BYTES, PROGRAM_NAME, restore};
 use crate::clock::{Nanoseconds, monotonic};
 use crate::console::Console;
 use crate::control::End;
 use crate::machine::Machine;
-use crate::paused::Paused;
+use crate::paused::{MachineState, Paused};
 
 /// A machine and who is responsible for it.
 pub(super) struct Supervisor<'a> {
@@ -36,6 +36,8 @@ pub(super) struct Supervisor<'a> {
     pub(super) kvm: &'a Kvm,
     pub(super) ports: VsockPorts,
     pub(super) reporter: Arc<Reporter>,
+    /// What goes with the memory that was last saved of the machine while it ran.
+    pub(super) live: Option<MachineState>,
 }
 
 /// What a machine does.
@@ -58,7 +60,7 @@ enum Woken {
 
 impl Supervisor<'_> {
     /// Serves the host until the machine has ended.
-    pub(super) fn run(&self, mut state: State) -> Result<(), ChannelError> {
+    pub(super) fn run(&mut self, mut state: State) -> Result<(), ChannelError> {
         loop {
             let woken = self.wait_for(&state)?;
             state = match (state, woken) {
@@ -73,7 +75,7 @@ impl Supervisor<'_> {
         }
     }
 
-    fn obey(&self, state: State, command: Command, files: Vec<OwnedFd>) -> Result<State, ChannelError> {
+    fn obey(&mut self, state: State, command: Command, files: Vec<OwnedFd>) -> Result<State, ChannelError> {
         let ordered = monotonic();
         let call = command.call.ok_or(ChannelError::Malformed("a command that asks for nothing"))?;
         Ok(match (call, state) {
@@ -91,21 +93,8 @@ impl Supervisor<'_> {
                 state
             }
             (Do::Resume(resume), State::Resting(paused)) => self.resume(paused, &resume, ordered)?,
-            (Do::SaveMemory(_), mut state) => {
-                self.save(&mut state, files, ordered, |paused, file| {
-                    paused
-                        .memory()
-                        .save(file)
-                        .map_err(|error| Failure::host("cannot write the memory", &error))
-                })?;
-                state
-            }
-            (Do::SaveState(order), mut state) => {
-                self.save(&mut state, files, ordered, |paused, file| {
-                    restore::save_state(self.kvm, paused, &order, file)
-                })?;
-                state
-            }
+            (Do::SaveMemory(_), state) => self.save_memory(state, files, ordered)?,
+            (Do::SaveState(order), state) => self.save_state(state, &order, files, ordered)?,
             (Do::Start(_) | Do::Restore(_) | Do::Files(_), _) => {
                 return Err(ChannelError::Malformed("a monitor makes one machine"));
             }
@@ -157,25 +146,67 @@ impl Supervisor<'_> {
         Ok(State::Running(machine))
     }
 
-    /// Writes to the one file beside the command, when the machine stands still.
-    fn save(
-        &self,
-        state: &mut State,
+    fn save_memory(
+        &mut self,
+        state: State,
         files: Vec<OwnedFd>,
         ordered: Nanoseconds,
-        write: impl FnOnce(&mut Paused<Kvm>, &File) -> Result<(), Failure>,
-    ) -> Result<(), ChannelError> {
-        let Ok([file]) = <[OwnedFd; 1]>::try_from(files) else {
-            return Err(ChannelError::Malformed("one file is saved to"));
-        };
-        let failure = match state {
+    ) -> Result<State, ChannelError> {
+        let file = only(files)?;
+        let mut paused_ns = 0;
+        let (state, failure) = match state {
             State::Resting(paused) => {
-                write(paused, &File::from(file)).err().map(|failure| failure.message).unwrap_or_default()
+                let saved = paused.memory().save(&file);
+                (State::Resting(paused), saved.err().map(|error| format!("cannot write the memory: {error}")))
             }
-            State::Running(_) | State::Ended(..) => "the machine does not stand still".into(),
+            State::Running(machine) => {
+                let (machine, saved) = machine.save_running(&file);
+                let machine = machine.ok_or(ChannelError::Io(Errno::AGAIN))?;
+                let failure = match saved {
+                    Ok(live) => {
+                        paused_ns = live.pause.as_nanos() as u64;
+                        self.live = Some(live.state);
+                        None
+                    }
+                    Err(error) => Some(with_causes(&error)),
+                };
+                (State::Running(machine), failure)
+            }
+            ended @ State::Ended(..) => (ended, Some("the machine has ended".into())),
         };
+        self.report_save(failure, ordered, paused_ns)?;
+        Ok(state)
+    }
+
+    fn save_state(
+        &mut self,
+        mut state: State,
+        order: &SaveState,
+        files: Vec<OwnedFd>,
+        ordered: Nanoseconds,
+    ) -> Result<State, ChannelError> {
+        let file = only(files)?;
+        let machine = match &mut state {
+            State::Resting(paused) => paused.save().map_err(|error| with_causes(&error)),
+            State::Running(_) => self.live.take().ok_or_else(|| "the machine's memory was not saved".into()),
+            State::Ended(..) => Err("the machine has ended".into()),
+        };
+        let written = machine.and_then(|machine| {
+            restore::save_state(self.kvm, &machine, order, &file).map_err(|failure| failure.message)
+        });
+        self.report_save(written.err(), ordered, 0)?;
+        Ok(state)
+    }
+
+    fn report_save(
+        &self,
+        failure: Option<String>,
+        ordered: Nanoseconds,
+        paused_ns: u64,
+    ) -> Result<(), ChannelError> {
         let took_ns = monotonic().0 - ordered.0;
-        send(self.channel, Happened::Saved(Saved { failure, took_ns }))
+        let saved = Saved { failure: failure.unwrap_or_default(), took_ns, paused_ns };
+        send(self.channel, Happened::Saved(saved))
     }
 
     fn report_end(&self, end: End, console: &Console) -> Result<(), ChannelError> {
@@ -212,6 +243,12 @@ impl Supervisor<'_> {
             }
         }
     }
+}
+
+/// The one file beside a command that writes to it.
+fn only(files: Vec<OwnedFd>) -> Result<File, ChannelError> {
+    let only = <[OwnedFd; 1]>::try_from(files).map(|[file]| File::from(file));
+    only.map_err(|_| ChannelError::Malformed("one file is saved to"))
 }
 
 fn ended(machine: Machine<Kvm>) -> State {

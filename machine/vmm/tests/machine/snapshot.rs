@@ -1,5 +1,7 @@
 //! A machine that is paused, saved and restored: the guest goes on as if nothing had happened.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc::Receiver;
 
 use kiln_control::EndReason;
@@ -90,14 +92,19 @@ fn through_a_file(state: &MachineState) -> MachineState {
     MachineState::from_sections(&sections).expect("a machine")
 }
 
-fn restore(
+fn restore(state: &MachineState, memory: &File, console: &Console) -> Result<Paused<Kvm>, RestoreError> {
+    restore_to(state, memory, console, Box::new(|_| {}))
+}
+
+fn restore_to(
     state: &MachineState,
-    memory: &std::fs::File,
+    memory: &File,
     console: &Console,
+    observer: Observer,
 ) -> Result<Paused<Kvm>, RestoreError> {
     let shell = Shell::create(&kvm(), state.shape).expect("a machine");
     shell.memory().overlay(memory).expect("the memory fits");
-    Paused::restore(shell, state, console.clone(), virtio(), Box::new(|_| {}))
+    Paused::restore(shell, state, console.clone(), virtio(), observer)
 }
 
 /// Opens the gate and waits for the end.
@@ -185,4 +192,98 @@ fn a_machine_that_has_ended_is_not_paused() {
     .expect("it ends");
     let Err(machine) = machine.pause() else { panic!("it has ended") };
     assert_eq!(machine.wait().0.detail, "code 3");
+}
+
+/// A guest that for ever writes a count to a page, then the next page, over 4 MiB, and the count to a register: every page's count is
+/// the register's or one less, and those before the last page written are the higher ones. It rings after each round.
+fn scribbling() -> Guest {
+    Guest::default()
+        .ring(RUNG)
+        // mov ebp, 0
+        .code(&[0xbd, 0, 0, 0, 0])
+        // inc ebp (as add ebp, 1); mov ebx, 0x400000
+        .code(&[0x83, 0xc5, 1, 0xbb, 0, 0, 0x40, 0])
+        // mov [ebx], ebp; add ebx, 0x1000; cmp ebx, 0x800000; jne to the store
+        .code(&[0x89, 0x2b, 0x81, 0xc3, 0, 0x10, 0, 0, 0x81, 0xfb, 0, 0, 0x80, 0, 0x75, 0xf0])
+        .ring(RUNG)
+        // jmp to the increment
+        .code(&[0xeb, 0xdb])
+}
+
+#[test]
+fn a_machine_saved_while_it_runs_is_as_it_was_at_one_instant() {
+    let (observer, rung) = phases();
+    let mut source = start(&scribbling(), shape(1), observer);
+    assert_eq!(rung.recv(), Ok(RUNG));
+    let mut last = (0, 0);
+    for _ in 0..5 {
+        assert_eq!(rung.recv(), Ok(RUNG), "it goes on");
+        let memory = tempfile::tempfile().expect("a file");
+        let (machine, saved) = source.save_running(&memory);
+        source = machine.expect("it goes on");
+        let state = through_a_file(&saved.expect("saved").state);
+        let console = Console::new(None).expect("a console");
+        let copy = restore(&state, &memory, &console).expect("restored");
+        let count = state.vcpus[0].registers.rbp as u32;
+        let next = state.vcpus[0].registers.rbx;
+        assert!((count, next) >= last, "the source goes on: {count}, {next:#x} after {last:?}");
+        last = (count, next);
+        for page in (0x40_0000..0x80_0000).step_by(0x1000) {
+            let found = copy.memory().read_u32(Gpa(page)).expect("RAM");
+            // The instant may lie between a store and the step to the next page.
+            let expected = count - u32::from(page > next);
+            assert!(
+                found == expected || page == next && found + 1 == expected,
+                "{page:#x}: {found}, not {expected}"
+            );
+        }
+        drop(copy.resume().expect("it goes on too"));
+    }
+}
+
+/// All that is in a memory's file: where it has data, and that.
+fn content(file: &File) -> Vec<(std::ops::Range<u64>, Vec<u8>)> {
+    kiln_support::sparse::data(file, 0)
+        .map(|piece| {
+            let piece = piece.expect("a file system with holes");
+            let mut bytes = vec![0; (piece.end - piece.start) as usize];
+            file.read_exact_at(&mut bytes, piece.start).expect("read");
+            (piece, bytes)
+        })
+        .collect()
+}
+
+#[test]
+fn a_chain_of_fifty_diffs_is_the_machine_byte_for_byte() {
+    let (observer, rung) = phases();
+    let machine = start(&scribbling(), shape(1), observer);
+    assert_eq!(rung.recv(), Ok(RUNG));
+    let mut source = paused(machine);
+    let mut base = tempfile::tempfile().expect("a file");
+    source.memory().save(&base).expect("saved");
+    let mut state = source.save().expect("saved");
+    let console = Console::new(None).expect("a console");
+    let mut changed_pages = 0;
+    for link in 0..50_u64 {
+        let (observer, rung) = phases();
+        let copy = restore_to(&state, &base, &console, observer).expect("restored");
+        let running = copy.resume().expect("it goes on");
+        assert_eq!(rung.recv(), Ok(RUNG));
+        let mut copy = paused(running);
+        let next = copy.save().expect("saved");
+        let [full, diff, merged] = [(); 3].map(|()| tempfile::tempfile().expect("a file"));
+        copy.memory().save(&full).expect("saved");
+        let changed = copy.memory().changed().expect("a page table");
+        changed_pages += changed.iter().map(|range| (range.end - range.start) / 4096).sum::<u64>();
+        let (id, bytes) = (Digest::of(link.to_le_bytes()), copy.memory().bytes());
+        kiln_snapshot::write_diff(id, bytes, &changed, |at, page| full.read_exact_at(page, at), &diff)
+            .expect("written");
+        kiln_snapshot::apply_diff(&mut &diff, id, &base, &merged).expect("applied");
+        // Too long to be shown.
+        assert!(content(&merged) == content(&full), "link {link}");
+        (base, state) = (merged, next);
+    }
+    assert!(changed_pages > 50, "{changed_pages} pages");
+    let last = restore(&state, &base, &console).expect("restored");
+    drop(last.resume().expect("it goes on"));
 }

@@ -1,0 +1,90 @@
+//! A machine saved while it runs.
+//!
+//! Its memory is copied while the guest goes on writing, then what was written meanwhile, and again, until little is left.
+//! Only for that little, and for the state of its vCPUs and devices, does the machine stand still.
+
+use std::fs::File;
+use std::io;
+use std::time::{Duration, Instant};
+
+use kiln_hypervisor::Hypervisor;
+use kiln_memory::Watch;
+
+use crate::machine::Machine;
+use crate::paused::{MachineState, SaveError};
+
+/// As much as may be left to copy when the machine stands still: a millisecond of copying.
+const REST_BYTES: u64 = 1 << 20;
+/// How often what was written meanwhile is copied. A guest that writes faster than it is copied stands still for longer.
+const ROUNDS_MAX: usize = 8;
+
+/// What was saved beside the memory, and what it cost.
+#[derive(Debug)]
+pub struct LiveState {
+    /// Everything but the memory.
+    pub state: MachineState,
+    /// How long the machine stood still.
+    pub pause: Duration,
+}
+
+/// A running machine cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum LiveError {
+    /// The memory cannot be watched, read or written to the file. The host is to blame.
+    #[error("cannot save the memory of a running machine")]
+    Memory(#[from] io::Error),
+    /// Its state cannot be taken.
+    #[error(transparent)]
+    State(#[from] SaveError),
+    /// It has ended meanwhile.
+    #[error("the machine has ended")]
+    Ended,
+}
+
+impl<H: Hypervisor> Machine<H> {
+    /// Writes the machine's memory to `file`, which must be empty, and takes its state at the same instant. The machine goes on, whatever
+    /// comes of it.
+    ///
+    /// # Errors
+    /// [`LiveError`]; the file is of no use then. The machine is `None` when the host has no thread left to go on with.
+    pub fn save_running(self, file: &File) -> (Option<Self>, Result<LiveState, LiveError>) {
+        let watch = match self.memory.watch() {
+            Ok(watch) => match self.copy_ahead(file, &watch) {
+                Ok(()) => Some(watch),
+                Err(error) => return (Some(self), Err(error.into())),
+            },
+            // A host that cannot watch: the machine stands still for all of the copy.
+            Err(_) => None,
+        };
+        let start = Instant::now();
+        let mut paused = match self.pause() {
+            Ok(paused) => paused,
+            Err(machine) => return (Some(machine), Err(LiveError::Ended)),
+        };
+        let rest = match watch {
+            Some(watch) => watch.take().and_then(|written| paused.memory().save_pages(file, &written)),
+            None => paused.memory().save(file),
+        };
+        let state = rest.map_err(LiveError::from).and_then(|()| Ok(paused.save()?));
+        match paused.resume() {
+            Ok(machine) => {
+                let pause = start.elapsed();
+                (Some(machine), state.map(|state| LiveState { state, pause }))
+            }
+            Err(error) => (None, Err(error.into())),
+        }
+    }
+
+    /// Copies the memory while the guest runs. What it writes meanwhile and is not copied, the watch still tells.
+    fn copy_ahead(&self, file: &File, watch: &Watch) -> io::Result<()> {
+        self.memory.save(file)?;
+        for _ in 0..ROUNDS_MAX {
+            let written = watch.take()?;
+            self.memory.save_pages(file, &written)?;
+            if written.iter().map(|range| range.end - range.start).sum::<u64>() <= REST_BYTES {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
