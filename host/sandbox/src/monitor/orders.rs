@@ -125,7 +125,7 @@ impl Monitor {
     }
 
     async fn save(&self, order: Do, file: BorrowedFd<'_>) -> Result<Duration, MonitorError> {
-        let Saved { failure, took_ns } =
+        let Saved { failure, took_ns, .. } =
             self.answered(order, &[file], |life| (life.saved, life.last_saved.clone())).await?;
         if failure.is_empty() { Ok(Duration::from_nanos(took_ns)) } else { Err(MonitorError::Save(failure)) }
     }
