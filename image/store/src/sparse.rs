@@ -94,25 +94,41 @@ fn digests(file: &File) -> io::Result<Option<Vec<u8>>> {
     let block_bytes = BLOCK_BYTES as u64;
     let mut digests = Vec::with_capacity(block_count(length) as usize * Digest::BYTES);
     let mut block = vec![0; BLOCK_BYTES];
-    let mut data = 0..0;
+    let mut holes = Holes::of(file, length);
     for index in 0..block_count(length) {
         let start = index * block_bytes;
         let bytes = (length - start).min(block_bytes);
-        if data.end <= start {
-            data = next_data(file, start)?.unwrap_or(length..length);
-        }
-        let digest = if data.start < start + bytes {
+        let digest = if holes.have(start..start + bytes)? && bytes == block_bytes {
+            zero_block_digest()
+        } else {
             let block = &mut block[..bytes as usize];
             file.read_exact_at(block, start)?;
             Digest::of(block)
-        } else if bytes == block_bytes {
-            zero_block_digest()
-        } else {
-            Digest::of(vec![0; bytes as usize])
         };
         digests.extend_from_slice(digest.as_bytes());
     }
     Ok(Some(digests))
+}
+
+/// Where a file has holes, asked from its start to its end.
+pub(crate) struct Holes<'a> {
+    file: &'a File,
+    length: u64,
+    data: std::ops::Range<u64>,
+}
+
+impl<'a> Holes<'a> {
+    pub(crate) fn of(file: &'a File, length: u64) -> Self {
+        Self { file, length, data: 0..0 }
+    }
+
+    /// Whether all of `range`, which begins at or behind the one asked for before, lies in a hole.
+    pub(crate) fn have(&mut self, range: std::ops::Range<u64>) -> io::Result<bool> {
+        if self.data.end <= range.start {
+            self.data = next_data(self.file, range.start)?.unwrap_or(self.length..self.length);
+        }
+        Ok(range.end <= self.data.start)
+    }
 }
 
 /// The first range of data at or behind `from`; `None` when only a hole is left.
@@ -226,6 +242,7 @@ mod tests {
         draft.file().set_len(200 << 30).expect("grown");
         draft.file().write_all_at(b"end", (200 << 30) - 3).expect("written");
         let object = store.object(draft.adopt().expect("adopted")).expect("an object");
+        object.verify().expect("whole");
         assert_eq!(object.length(), 200 << 30);
         let (data, _) = object.into_files();
         assert!(data.metadata().expect("known").blocks() * 512 < 1 << 20);
