@@ -5,7 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use kiln_control::SaveState;
 use kiln_protocol::{AGENT_PORT, Call, Park};
-use kiln_store::{BakeLock, Draft, Session, Snapshot, SnapshotKind, SnapshotRecord, Store, StoreError};
+use kiln_store::{
+    BakeLock, Draft, ObjectId, Session, Snapshot, SnapshotKind, SnapshotRecord, Store, StoreError,
+};
 use kiln_support::digest::Digest;
 use rustix::time::ClockId;
 
@@ -220,16 +222,11 @@ async fn save(
     recipe: Recipe,
 ) -> Result<SnapshotRecord, VmError> {
     let monitor = park(monitor).await?;
-    let Recipe { key, kind, kernel, initramfs } = recipe;
-    let memory = session.new_draft().map_err(BakeError::Store)?;
-    monitor.save_memory(memory.file()).await.map_err(BakeError::Save)?;
-    let memory = blocking(move || memory.adopt()).await.map_err(BakeError::Store)?;
-    let state = session.new_draft().map_err(BakeError::Store)?;
-    let bytes = |digest: &Digest| digest.as_bytes().to_vec();
-    let order = SaveState { kernel: bytes(&kernel), initramfs: bytes(&initramfs), memory: bytes(&memory.0) };
-    monitor.save_state(order, state.file()).await.map_err(BakeError::Save)?;
+    let written = write(session, &monitor, &recipe).await;
+    // It is waited for either way: while it lives, it keeps the files it was given, and their room.
     monitor.stop().await;
-    let state = blocking(move || state.adopt_as_blob()).await.map_err(BakeError::Store)?;
+    let (memory, state) = written?;
+    let Recipe { key, kind, kernel, initramfs } = recipe;
     Ok(SnapshotRecord {
         key,
         kind,
@@ -246,6 +243,27 @@ async fn save(
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs()),
     })
+}
+
+/// Writes a parked guest to the store: its memory, and its state, which names the memory.
+async fn write(
+    session: &Session,
+    monitor: &Monitor,
+    recipe: &Recipe,
+) -> Result<(ObjectId, Digest), BakeError> {
+    let memory = session.new_draft().map_err(BakeError::Store)?;
+    monitor.save_memory(memory.file()).await.map_err(BakeError::Save)?;
+    let memory = blocking(move || memory.adopt()).await.map_err(BakeError::Store)?;
+    let state = session.new_draft().map_err(BakeError::Store)?;
+    let bytes = |digest: &Digest| digest.as_bytes().to_vec();
+    let order = SaveState {
+        kernel: bytes(&recipe.kernel),
+        initramfs: bytes(&recipe.initramfs),
+        memory: bytes(&memory.0),
+    };
+    monitor.save_state(order, state.file()).await.map_err(BakeError::Save)?;
+    let state = blocking(move || state.adopt_as_blob()).await.map_err(BakeError::Store)?;
+    Ok((memory, state))
 }
 
 /// Has the agent park. The ring is the answer; a reply says why there will be none.
