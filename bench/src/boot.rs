@@ -44,7 +44,9 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
         for (memory, cpus) in SHAPES {
             let events = place.path().join("events");
             let mut command = Command::new(&kiln);
-            command.args(["run", "--memory", memory, "--cpus", cpus, "--json-events"]).arg(&events);
+            command
+                .args(["run", "--no-snapshot", "--memory", memory, "--cpus", cpus, "--json-events"])
+                .arg(&events);
             command
                 .args([image.as_str(), "--", "/bin/echo", "out"])
                 .env("KILN_ROOT", &store)

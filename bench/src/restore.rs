@@ -1,9 +1,10 @@
 //! From a saved guest to its answer.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use kiln_protocol::mailbox::Generation;
 use kiln_testkit::guest::Guest;
 
 use crate::report::Report;
@@ -37,9 +38,35 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
         copy.hello()?;
         report.add("the next answer", "ms", milliseconds(start));
     }
+    let parked = guest.park()?.save()?;
+    for run in 0..runs {
+        let (copy, took) = parked.claim(&generation(run as u64))?;
+        let microseconds = |duration: Duration| duration.as_secs_f64() * 1e6;
+        report.add("claim, engine: snapshot -> machine without a guest", "us", microseconds(took.shell));
+        report.add("claim, engine: machine -> memory, state and mail", "us", microseconds(took.state));
+        report.add("claim, ready: -> the parked agent's acknowledgement", "us", microseconds(took.resumed));
+        report.add("claim: acknowledged -> adopted", "ms", took.adopted.as_secs_f64() * 1e3);
+        let pooled = took.state + took.resumed;
+        report.add("claim with a shell at hand: memory, state, acknowledgement", "us", microseconds(pooled));
+        drop(copy);
+    }
     Ok(())
 }
 
 fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
+}
+
+/// Another life for each run.
+fn generation(run: u64) -> Generation {
+    let mut id = [1; 16];
+    id[..8].copy_from_slice(&(run + 1).to_le_bytes());
+    Generation {
+        id,
+        realtime_ns: 0,
+        entropy: [7; 64],
+        machine_id: id,
+        boot_id: id,
+        hostname: format!("clone-{run}"),
+    }
 }

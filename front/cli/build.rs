@@ -1,4 +1,4 @@
-//! Puts the guest (kernel and initramfs) and the commit into the program.
+//! Puts the guest (kernel and initramfs), its digests and the commit into the program.
 //!
 //! `KILN_GUEST_DIR` names a folder with `vmlinux` and `initramfs.cpio`, which become part of the binary; without it
 //! the binary looks for a guest when it runs. `KILN_COMMIT` overrides what git says.
@@ -10,6 +10,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use sha2::{Digest, Sha256};
+
 fn main() {
     println!("cargo::rerun-if-env-changed=KILN_GUEST_DIR");
     println!("cargo::rerun-if-env-changed=KILN_COMMIT");
@@ -19,20 +21,25 @@ fn main() {
 }
 
 fn guest() -> String {
-    const TYPE: &str = "const GUEST: Option<(&[u8], &[u8])>";
+    const TYPE: &str = "const GUEST: Option<(kiln_cli::BuiltIn, kiln_cli::BuiltIn)>";
     let Some(folder) = env::var_os("KILN_GUEST_DIR").filter(|folder| !folder.is_empty()) else {
         return format!("{TYPE} = None;\n");
     };
-    let path = |name: &str| {
+    let part = |name: &str| {
         let path = Path::new(&folder).join(name);
         let path = fs::canonicalize(&path)
             .unwrap_or_else(|error| panic!("KILN_GUEST_DIR: {}: {error}", path.display()));
         println!("cargo::rerun-if-changed={}", path.display());
+        let content =
+            fs::read(&path).unwrap_or_else(|error| panic!("KILN_GUEST_DIR: {}: {error}", path.display()));
+        let sha256: [u8; 32] = Sha256::digest(&content).into();
         // As a string literal of Rust's.
-        format!("{:?}", path.to_str().expect("KILN_GUEST_DIR is valid UTF-8"))
+        let path = format!("{:?}", path.to_str().expect("KILN_GUEST_DIR is valid UTF-8"));
+        format!(
+            "kiln_cli::BuiltIn {{ bytes: include_bytes!({path}), sha256: kiln_cli::Digest::from_bytes({sha256:?}) }}"
+        )
     };
-    let (kernel, initramfs) = (path("vmlinux"), path("initramfs.cpio"));
-    format!("{TYPE} = Some((include_bytes!({kernel}), include_bytes!({initramfs})));\n")
+    format!("{TYPE} = Some(({}, {}));\n", part("vmlinux"), part("initramfs.cpio"))
 }
 
 fn commit() -> String {

@@ -1,4 +1,4 @@
-//! Kiln's own guest in this process: booted, saved, restored, and asked who it is.
+//! Kiln's own guest in this process: booted, parked, saved, restored, and asked who it is.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use kiln_hypervisor::Kvm;
 use kiln_protocol::frame::{self, Kind};
-use kiln_protocol::{AGENT_PORT, Call, Hello, Request, power};
+use kiln_protocol::mailbox::Generation;
+use kiln_protocol::{AGENT_PORT, Call, Hello, Park, Request, power};
 use kiln_snapshot::Header;
 use kiln_support::digest::Digest;
 use kiln_virtio::{Device, Rng, Vsock, VsockPorts};
@@ -28,6 +29,25 @@ pub struct Guest {
     machine: Machine<Kvm>,
     ports: VsockPorts,
     console: Console,
+    rung: mpsc::Receiver<(u32, Instant)>,
+}
+
+/// A guest whose agent is parked.
+pub struct Parked {
+    paused: Paused<Kvm>,
+}
+
+/// Where the time of a claim went: what was ready before it, and the steps from its start.
+#[derive(Clone, Copy, Debug)]
+pub struct Claimed {
+    /// To a machine without a guest.
+    pub shell: Duration,
+    /// From there to a machine about to run.
+    pub state: Duration,
+    /// From there to the agent's acknowledgement.
+    pub resumed: Duration,
+    /// From there to a guest that has taken on its identity.
+    pub adopted: Duration,
 }
 
 /// A guest that was saved.
@@ -69,20 +89,53 @@ impl Guest {
         let initramfs = open("initramfs.cpio")?;
         let entry = boot::prepare(shell.memory(), &kernel, Some(&initramfs), shape, devices.len(), "")?;
         let console = Console::new(None)?;
-        let (sender, rung) = mpsc::channel();
-        let observer: Observer = Box::new(move |notice| {
-            if let Notice::Doorbell(phase, _) = notice {
-                // Nobody listens once the agent does.
-                let _ = sender.send(phase);
-            }
-        });
+        let (observer, rung) = phases();
         let machine = Machine::start(shell, &entry, console.clone(), devices, observer)?;
-        let guest = Self { machine, ports, console };
-        let end = Instant::now() + PATIENCE;
-        while rung.recv_timeout(end - Instant::now()).map_err(|_| guest.lost("it does not boot"))?
-            != power::PHASE_LISTENING
-        {}
+        let guest = Self { machine, ports, console, rung };
+        guest.wait_for(power::PHASE_LISTENING)?;
         Ok(guest)
+    }
+
+    /// Waits until the agent rings with `phase`; when that was.
+    fn wait_for(&self, phase: u32) -> Result<Instant> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let (rung, at) = self
+                .rung
+                .recv_timeout(end - Instant::now())
+                .map_err(|_| self.lost(&format!("it does not reach phase {phase}")))?;
+            if rung == phase {
+                return Ok(at);
+            }
+        }
+    }
+
+    /// Asks the agent to park, and waits until the machine stands still.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn park(self) -> Result<Parked> {
+        let mut answer = Vec::new();
+        // The connection ends without an answer when it parks.
+        self.ask(Call::Park(Park {}))?.read_to_end(&mut answer)?;
+        if !answer.is_empty() {
+            bail!("it does not park: {}", String::from_utf8_lossy(&answer));
+        }
+        self.wait_for(power::PHASE_PARKED)?;
+        let paused =
+            self.machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
+        Ok(Parked { paused })
+    }
+
+    /// Sends a request on a connection of its own.
+    fn ask(&self, call: Call) -> Result<UnixStream> {
+        let (mut ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(PATIENCE))?;
+        self.ports.connect(AGENT_PORT, OwnedFd::from(theirs))?;
+        let mut request = Vec::new();
+        frame::append_message(&mut request, Kind::Request, &Request { call: Some(call) });
+        ours.write_all(&request)?;
+        Ok(ours)
     }
 
     /// Asks the agent who it is.
@@ -90,12 +143,7 @@ impl Guest {
     /// # Errors
     /// When there is no answer, or not one to this question.
     pub fn hello(&self) -> Result<()> {
-        let (mut ours, theirs) = UnixStream::pair()?;
-        ours.set_read_timeout(Some(PATIENCE))?;
-        self.ports.connect(AGENT_PORT, OwnedFd::from(theirs))?;
-        let mut request = Vec::new();
-        frame::append_message(&mut request, Kind::Request, &Request { call: Some(Call::Hello(Hello {})) });
-        ours.write_all(&request)?;
+        let mut ours = self.ask(Call::Hello(Hello {}))?;
         let mut header = [0; frame::HEADER_BYTES];
         ours.read_exact(&mut header)
             .map_err(|error| self.lost(&format!("the agent does not answer: {error}")))?;
@@ -113,10 +161,33 @@ impl Guest {
     /// # Errors
     /// When it has ended, or cannot be saved.
     pub fn save(self) -> Result<(Saved, Self)> {
-        let Self { machine, ports, console } = self;
-        let start = Instant::now();
+        let Self { machine, ports, console, rung } = self;
         let mut paused =
             machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
+        let saved = Saved::of(&mut paused)?;
+        let machine = paused.resume()?;
+        Ok((saved, Self { machine, ports, console, rung }))
+    }
+
+    fn lost(&self, what: &str) -> anyhow::Error {
+        let console = self.console.tail(CONSOLE_TAIL_BYTES);
+        anyhow!("{what}; its last words:\n{}", String::from_utf8_lossy(&console))
+    }
+}
+
+impl Parked {
+    /// Saves the guest.
+    ///
+    /// # Errors
+    /// When it cannot be saved.
+    pub fn save(mut self) -> Result<Saved> {
+        Saved::of(&mut self.paused)
+    }
+}
+
+impl Saved {
+    fn of(paused: &mut Paused<Kvm>) -> Result<Self> {
+        let start = Instant::now();
         let state = paused.save()?;
         let state_took = start.elapsed();
         let start = Instant::now();
@@ -128,26 +199,47 @@ impl Guest {
         let memory_bytes = std::os::unix::fs::MetadataExt::blocks(&memory.metadata()?) * 512;
         let mut snapshot = Vec::new();
         kiln_snapshot::write(&header(&state), &state.to_sections(), &mut snapshot)?;
-        let machine = paused.resume()?;
-        Ok((
-            Saved { snapshot, memory, state_took, memory_took, memory_bytes },
-            Self { machine, ports, console },
-        ))
+        Ok(Self { snapshot, memory, state_took, memory_took, memory_bytes })
     }
 
-    fn lost(&self, what: &str) -> anyhow::Error {
-        let console = self.console.tail(CONSOLE_TAIL_BYTES);
-        anyhow!("{what}; its last words:\n{}", String::from_utf8_lossy(&console))
-    }
-}
-
-impl Saved {
     /// A guest that goes on where this one was saved.
     ///
     /// # Errors
     /// When it cannot.
     pub fn restore(&self) -> Result<(Guest, Restored)> {
         let start = Instant::now();
+        let (paused, ports, console, rung, shell_made) = self.copy()?;
+        let ready = Instant::now();
+        let machine = paused.resume()?;
+        let took = Restored { shell: shell_made - start, state: ready - shell_made, resume: ready.elapsed() };
+        Ok((Guest { machine, ports, console, rung }, took))
+    }
+
+    /// A parked guest that goes on as another: with `generation` in its mail.
+    ///
+    /// # Errors
+    /// When it cannot, or does not acknowledge.
+    pub fn claim(&self, generation: &Generation) -> Result<(Guest, Claimed)> {
+        let start = Instant::now();
+        let (mut paused, ports, console, rung, shell_made) = self.copy()?;
+        paused.put_mail(&generation.encode())?;
+        let ready = Instant::now();
+        let machine = paused.resume()?;
+        let guest = Guest { machine, ports, console, rung };
+        let resumed = guest.wait_for(power::PHASE_RESUMED)?;
+        let adopted = guest.wait_for(power::PHASE_ADOPTED)?;
+        let took = Claimed {
+            shell: shell_made - start,
+            state: ready - shell_made,
+            resumed: resumed - ready,
+            adopted: adopted - resumed,
+        };
+        Ok((guest, took))
+    }
+
+    /// A machine like the saved one that stands still, and when there was a shell for it.
+    #[expect(clippy::type_complexity, reason = "the parts of a guest that does not run yet")]
+    fn copy(&self) -> Result<(Paused<Kvm>, VsockPorts, Console, mpsc::Receiver<(u32, Instant)>, Instant)> {
         let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
         let state = MachineState::from_sections(&sections)?;
         let shell = Shell::create(&Kvm::open()?, state.shape)?;
@@ -155,12 +247,22 @@ impl Saved {
         shell.memory().overlay(&self.memory)?;
         let (devices, ports) = devices();
         let console = Console::new(None)?;
-        let paused = Paused::restore(shell, &state, console.clone(), devices, Box::new(|_| {}))?;
-        let ready = Instant::now();
-        let machine = paused.resume()?;
-        let took = Restored { shell: shell_made - start, state: ready - shell_made, resume: ready.elapsed() };
-        Ok((Guest { machine, ports, console }, took))
+        let (observer, rung) = phases();
+        let paused = Paused::restore(shell, &state, console.clone(), devices, observer)?;
+        Ok((paused, ports, console, rung, shell_made))
     }
+}
+
+/// Hears what phases the agent rings, and when.
+fn phases() -> (Observer, mpsc::Receiver<(u32, Instant)>) {
+    let (sender, rung) = mpsc::channel();
+    let observer = move |notice| {
+        if let Notice::Doorbell(phase, _) = notice {
+            // Nobody may listen any more.
+            let _ = sender.send((phase, Instant::now()));
+        }
+    };
+    (Box::new(observer), rung)
 }
 
 fn devices() -> (Vec<Box<dyn Device>>, VsockPorts) {

@@ -19,7 +19,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("machine", &["support"]),
     ("image", &["support"]),
     ("guest", &["support"]),
-    ("host", &["machine/control", "guest/protocol", "image", "support"]),
+    ("host", &["machine/control", "machine/snapshot", "guest/protocol", "image", "support"]),
     ("front", &["host"]),
     ("dev", &["support", "machine", "image", "guest", "host", "front"]),
     ("bench", &["support", "machine", "image", "guest", "host", "dev/testkit"]),

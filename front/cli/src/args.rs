@@ -66,6 +66,11 @@ pub(crate) enum Command {
     /// Look into images
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Image(Image),
+    /// Save a guest with an image mounted and warmed up, for machines to be made from
+    Bake(Box<Bake>),
+    /// Look at, check and remove saved guests
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Snapshot(Snapshot),
     /// Check what this host offers: each fact with its consequence and the fix
     Doctor(Doctor),
     /// Show the versions of Kiln, its guest kernel and its agent
@@ -84,12 +89,12 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = RUN_EXAMPLES, override_usage = "kiln run [OPTIONS] IMAGE [--] [COMMAND]...")]
 pub(crate) struct Run {
-    /// Guest memory, with a unit: a ceiling, not a reservation
-    #[arg(short, long, value_name = "SIZE", default_value = "512m", value_parser = quantity::memory)]
-    pub(crate) memory: MemoryMib,
-    /// Virtual CPUs, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
-    pub(crate) cpus: u32,
+    /// What machine.
+    #[command(flatten)]
+    pub(crate) machine: MachineFlags,
+    /// Boot the guest and neither use nor make a snapshot of it
+    #[arg(long)]
+    pub(crate) no_snapshot: bool,
     /// Pass this program's stdin to the command; without it the command reads /dev/null
     #[arg(short, long)]
     pub(crate) interactive: bool,
@@ -117,21 +122,6 @@ pub(crate) struct Run {
     /// Kill the command when it runs longer than this (30s, 5m, 1h30m); exit code 124
     #[arg(long, value_name = "TIME", value_parser = quantity::duration)]
     pub(crate) timeout: Option<Duration>,
-    /// Run a reaper as process 1 of the guest, and not the command itself
-    #[arg(long)]
-    pub(crate) init: bool,
-    /// Mount the image read-only; /tmp, /run and its volumes are in memory
-    #[arg(long)]
-    pub(crate) read_only: bool,
-    /// Keep the guest's changes in its memory and not on a disk
-    #[arg(long, conflicts_with_all = ["read_only", "scratch_size"])]
-    pub(crate) scratch_in_memory: bool,
-    /// The size of the disk that takes the guest's changes; it costs what is written
-    #[arg(long, value_name = "SIZE", default_value = "10g", value_parser = quantity::bytes)]
-    pub(crate) scratch_size: u64,
-    /// Boot this kernel (vmlinux with a PVH note, or bzImage) and not Kiln's own
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: Option<PathBuf>,
     /// Where the image comes from.
     #[command(flatten)]
     pub(crate) source: PullFlags,
@@ -147,6 +137,32 @@ pub(crate) struct Run {
     /// The command and its arguments; the image's own when absent
     #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<OsString>,
+}
+
+/// What machine a guest gets: what of it a snapshot is known by.
+#[derive(Debug, Args)]
+pub(crate) struct MachineFlags {
+    /// Guest memory, with a unit: a ceiling, not a reservation
+    #[arg(short, long, value_name = "SIZE", default_value = "512m", value_parser = quantity::memory)]
+    pub(crate) memory: MemoryMib,
+    /// Virtual CPUs, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) cpus: u32,
+    /// Run a reaper as process 1 of the guest, and not the command itself
+    #[arg(long)]
+    pub(crate) init: bool,
+    /// Mount the image read-only; /tmp, /run and its volumes are in memory
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Keep the guest's changes in its memory and not on a disk
+    #[arg(long, conflicts_with_all = ["read_only", "scratch_size"])]
+    pub(crate) scratch_in_memory: bool,
+    /// The size of the disk that takes the guest's changes; it costs what is written
+    #[arg(long, value_name = "SIZE", default_value = "10g", value_parser = quantity::bytes)]
+    pub(crate) scratch_size: u64,
+    /// Boot this kernel (vmlinux with a PVH note, or bzImage) and not Kiln's own
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
 }
 
 const RUN_EXAMPLES: &str = "\
@@ -247,6 +263,80 @@ pub(crate) enum ImageCommand {
         /// The platform, when the name is there for several
         #[arg(long, value_name = "OS/ARCH")]
         platform: Option<String>,
+    },
+}
+
+/// `kiln bake`.
+#[derive(Debug, Args)]
+#[command(after_help = BAKE_EXAMPLES)]
+pub(crate) struct Bake {
+    /// What machine.
+    #[command(flatten)]
+    pub(crate) machine: MachineFlags,
+    /// Run a command in the guest, by its shell, before it is saved; may be given several times
+    #[arg(long, value_name = "CMD")]
+    pub(crate) warmup: Vec<String>,
+    /// Set an environment variable for the warm-ups; KEY alone passes this program's value on
+    #[arg(short, long, value_name = "KEY[=VALUE]")]
+    pub(crate) env: Vec<OsString>,
+    /// Call the snapshot so
+    #[arg(long, value_name = "NAME", value_parser = quantity::snapshot_name)]
+    pub(crate) name: Option<String>,
+    /// Where the image comes from.
+    #[command(flatten)]
+    pub(crate) source: PullFlags,
+    /// When to ask the registry: missing, always or never
+    #[arg(long, value_name = "WHEN", default_value = "missing", hide_possible_values = true)]
+    pub(crate) pull: Pulling,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The image: a name as Docker's, oci-layout:DIR[:TAG], oci-archive:FILE or docker-archive:FILE
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
+}
+
+const BAKE_EXAMPLES: &str = "\
+Examples:
+  kiln bake python:3.12                        what the first `kiln run` would do
+  kiln bake --warmup 'python3 -c \"import json\"' --name json python:3.12
+
+Prints the snapshot's key. Baking what is baked already costs nothing.";
+
+/// `kiln snapshot`.
+#[derive(Debug, Args)]
+pub(crate) struct Snapshot {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: SnapshotCommand,
+}
+
+/// `kiln snapshot ...`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// List the snapshots in the store
+    Ls {
+        /// Print as JSON: one array of objects
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print what is known of a snapshot as JSON
+    Inspect {
+        /// Name, key, or the start of a key
+        #[arg(value_name = "SNAPSHOT")]
+        snapshot: String,
+    },
+    /// Remove snapshots; machines made from them go on
+    Rm {
+        /// Names, keys, or starts of keys
+        #[arg(value_name = "SNAPSHOT", required = true)]
+        snapshots: Vec<String>,
+    },
+    /// Check every byte of snapshots, of all when none is named
+    Verify {
+        /// Names, keys, or starts of keys
+        #[arg(value_name = "SNAPSHOT")]
+        snapshots: Vec<String>,
     },
 }
 

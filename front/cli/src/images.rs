@@ -146,16 +146,21 @@ fn table(images: &[Summary], now: SystemTime) -> String {
     if let Some(size) = table.column_mut(3) {
         size.set_cell_alignment(CellAlignment::Right);
     }
-    // No padding before the first column, so that lines begin with a name.
+    lines(&table)
+}
+
+/// A table as text, with no padding before the first column, so that lines begin with a name.
+pub(crate) fn lines(table: &Table) -> String {
     table.lines().map(|line| line.trim().to_owned() + "\n").collect()
 }
 
-fn short(id: &Digest) -> String {
+/// The digits of a digest that are shown.
+pub(crate) fn short(id: &Digest) -> String {
     id.hex()[..SHORT_DIGEST_DIGITS].to_owned()
 }
 
 /// How long ago something was, in one unit.
-fn ago(passed: Duration) -> String {
+pub(crate) fn ago(passed: Duration) -> String {
     let seconds = passed.as_secs();
     let (count, unit) = match seconds {
         0..60 => return "just now".to_owned(),

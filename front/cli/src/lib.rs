@@ -3,15 +3,18 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bake;
 mod doctor;
 mod environment;
 mod events;
 mod failure;
 mod images;
+mod machine;
 mod progress;
 mod quantity;
 mod run;
 mod signals;
+mod snapshots;
 mod streams;
 mod terminal;
 mod version;
@@ -24,8 +27,9 @@ use clap::{CommandFactory, Parser};
 use kiln::GuestBundle;
 
 pub use kiln::monitor::MONITOR_NAME;
+pub use kiln::{BuiltIn, Digest};
 
-use args::{Cli, Command, Global, ImageCommand};
+use args::{Cli, Command, Global, ImageCommand, SnapshotCommand};
 use failure::Failure;
 
 /// What a build of this program knows about itself.
@@ -36,7 +40,7 @@ pub struct Build {
     /// The commit it was built from, or `unknown`.
     pub commit: &'static str,
     /// Guest kernel and initramfs, when they are part of the program.
-    pub guest: Option<(&'static [u8], &'static [u8])>,
+    pub guest: Option<(BuiltIn, BuiltIn)>,
 }
 
 /// The whole command line as data, for man pages and completions.
@@ -72,6 +76,13 @@ async fn dispatch(context: &Context, command: Command) -> Result<u8, Failure> {
             let ImageCommand::Inspect { image, platform } = args.command;
             images::inspect(context, &image, platform.as_deref())?;
         }
+        Command::Bake(args) => bake::bake(context, *args).await?,
+        Command::Snapshot(args) => match args.command {
+            SnapshotCommand::Ls { json } => snapshots::list(context, json)?,
+            SnapshotCommand::Inspect { snapshot } => snapshots::inspect(context, &snapshot)?,
+            SnapshotCommand::Rm { snapshots } => return snapshots::remove(context, &snapshots),
+            SnapshotCommand::Verify { snapshots } => return snapshots::verify(context, &snapshots),
+        },
         Command::Doctor(args) => return doctor::doctor(context, args.json).await,
         Command::Version(args) => version::version(context, args.json)?,
         Command::Completion { shell } => {
@@ -122,7 +133,7 @@ impl Context {
         let named =
             std::env::var_os(kiln::bundle::GUEST_DIR_VARIABLE).is_some_and(|folder| !folder.is_empty());
         Ok(match self.build.guest {
-            Some((kernel, initramfs)) if !named => GuestBundle::from_bytes(kernel, initramfs)?,
+            Some((kernel, initramfs)) if !named => GuestBundle::built_in(kernel, initramfs),
             _ => GuestBundle::find()?,
         })
     }

@@ -8,7 +8,7 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use kiln::image::{Event, Progress};
 
 use crate::Context;
-use crate::terminal::printable;
+use crate::terminal::{note, printable};
 
 /// How often a spinner turns.
 const TICK: Duration = Duration::from_millis(120);
@@ -24,25 +24,47 @@ pub(crate) fn of_pull(context: &Context) -> Arc<dyn Progress> {
     }
 }
 
-/// A line with a spinner, until the returned guard is dropped; nothing where there is no terminal.
+/// A line with a spinner, until the last clone of what is returned is dropped. Where there is no terminal, only the steps
+/// that take long are shown, a line each.
 pub(crate) fn spinner(context: &Context, text: String) -> Spinner {
-    let shown = !context.global.quiet && context.global.verbose == 0 && std::io::stderr().is_terminal();
-    Spinner(shown.then(|| {
-        let bar = ProgressBar::new_spinner().with_message(text);
-        bar.enable_steady_tick(TICK);
-        bar
-    }))
+    let is_terminal = std::io::stderr().is_terminal();
+    let shown = !context.global.quiet && context.global.verbose == 0 && is_terminal;
+    let bar = shown.then(|| spinning(text.clone()));
+    Spinner(Arc::new(Spinning { bar, text, lines: !context.global.quiet && !shown }))
 }
 
 /// A line with a spinner that goes away with this.
-#[derive(Debug)]
-pub(crate) struct Spinner(Option<ProgressBar>);
+#[derive(Clone, Debug)]
+pub(crate) struct Spinner(Arc<Spinning>);
 
-impl Drop for Spinner {
-    fn drop(&mut self) {
-        if let Some(bar) = &self.0 {
-            bar.finish_and_clear();
+#[derive(Debug)]
+struct Spinning {
+    bar: Option<ProgressBar>,
+    text: String,
+    lines: bool,
+}
+
+impl Spinner {
+    /// Shows a step that takes long.
+    pub(crate) fn step(&self, text: &str) {
+        match &self.0.bar {
+            Some(bar) => bar.set_message(text.to_owned()),
+            None if self.0.lines => note(text),
+            None => {}
         }
+    }
+
+    /// Shows the text it began with.
+    pub(crate) fn back(&self) {
+        if let Some(bar) = &self.0.bar {
+            bar.set_message(self.0.text.clone());
+        }
+    }
+}
+
+impl Drop for Spinning {
+    fn drop(&mut self) {
+        clear(&mut self.bar);
     }
 }
 

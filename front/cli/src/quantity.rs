@@ -85,6 +85,15 @@ pub(crate) fn hostname(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Reads the name of a snapshot.
+pub(crate) fn snapshot_name(text: &str) -> Result<String, String> {
+    if kiln::store::is_snapshot_name(text) {
+        return Ok(text.to_owned());
+    }
+    Err("a name begins with a letter or digit, has letters, digits and -_.:/, and does not look like a key"
+        .to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,10 +3,8 @@
 use std::io::{self, IsTerminal};
 
 use futures_util::future::OptionFuture;
-use kiln::image::Image;
 use kiln::launch::{Launch, Overrides};
-use kiln::store::Store;
-use kiln::{Blame, Child, ExitStatus, GuestBundle, Scratch, Vm, VmBuilder, WindowSize, signal};
+use kiln::{Blame, Child, ExitStatus, Vm, VmBuilder, WindowSize, signal};
 use serde_json::{Map, Value, json};
 
 use crate::args::Run;
@@ -14,7 +12,7 @@ use crate::events::{EventLog, monotonic_ns};
 use crate::failure::Failure;
 use crate::signals::{Signals, Wish};
 use crate::terminal::{self, RawMode};
-use crate::{Context, environment, images, progress, streams};
+use crate::{Context, environment, images, machine, progress, streams};
 
 /// What `run` ends with when not the command but Kiln or its host failed.
 pub(crate) const FAILED: u8 = 125;
@@ -68,7 +66,6 @@ async fn start(
 ) -> Result<Started, Failure> {
     let env = environment::words(&args.env_file, &args.env, |name| std::env::var_os(name))
         .map_err(Failure::caller)?;
-    let guest = guest(context, args)?;
     let store = images::store(context)?;
     let image = images::obtain(context, &store, &args.image, &args.source, args.pull, false).await?;
     events.now("pulled");
@@ -79,10 +76,14 @@ async fn start(
     };
     let launch = Launch::new(&image.config, overrides(args, env))?;
 
-    let booting = progress::spinner(context, format!("starting {}", args.image));
-    let builder = machine(context, args, guest, &store, &image, hostname, events)?;
-    let vm = builder.working_directory(&launch.workdir).start().await?;
-    drop(booting);
+    let spinner = progress::spinner(context, format!("starting {}", args.image));
+    let builder = machine::builder(context, &args.machine, &store, &image, events)?;
+    let mut builder = console(context, builder)?.hostname(hostname).working_directory(&launch.workdir);
+    if !args.no_snapshot {
+        builder = machine::with_snapshots(context, builder, &store, &image, spinner.clone());
+    }
+    let vm = builder.start().await?;
+    drop(spinner);
     let mut exec = vm.exec(launch.argv.iter()).env(launch.env.iter()).cwd(&launch.workdir).user(&launch.user);
     if let Some(size) = window {
         exec = exec.tty(size);
@@ -111,14 +112,6 @@ async fn start(
     }
 }
 
-fn guest(context: &Context, args: &Run) -> Result<GuestBundle, Failure> {
-    let bundle = context.guest()?;
-    Ok(match &args.kernel {
-        Some(path) => bundle.with_kernel(path).map_err(Failure::caller)?,
-        None => bundle,
-    })
-}
-
 fn overrides(args: &Run, env: Vec<std::ffi::OsString>) -> Overrides {
     Overrides {
         entrypoint: args.entrypoint.clone(),
@@ -129,33 +122,8 @@ fn overrides(args: &Run, env: Vec<std::ffi::OsString>) -> Overrides {
     }
 }
 
-/// Describes the machine the command line asks for.
-fn machine(
-    context: &Context,
-    args: &Run,
-    guest: GuestBundle,
-    store: &Store,
-    image: &Image,
-    hostname: String,
-    events: &EventLog,
-) -> Result<VmBuilder, Failure> {
-    let scratch = if args.read_only {
-        Scratch::ReadOnly
-    } else if args.scratch_in_memory {
-        Scratch::Memory
-    } else {
-        Scratch::Disk { folder: store.root().to_owned(), size_bytes: args.scratch_size }
-    };
-    let events = events.clone();
-    let builder = Vm::builder(guest, images::disk(image)?)
-        .memory_mib(args.memory.0)
-        .vcpus(args.cpus)
-        .hostname(hostname)
-        .scratch(scratch)
-        .volumes(image.config.volumes.clone())
-        .command_is_process_1(!args.init)
-        .on_warning(terminal::warn)
-        .on_phase(move |phase, nanoseconds| events.at(phase.name(), nanoseconds));
+/// Shows the guest's console when the user wants to see that much.
+fn console(context: &Context, builder: VmBuilder) -> Result<VmBuilder, Failure> {
     if context.global.verbose < SHOW_CONSOLE {
         return Ok(builder);
     }

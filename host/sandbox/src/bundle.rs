@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use kiln_support::digest::{Digest, Hasher};
@@ -17,11 +17,29 @@ pub const GUEST_DIR_VARIABLE: &str = "KILN_GUEST_DIR";
 /// The folder looked for beside the executable.
 pub const GUEST_DIR_NAME: &str = "kiln-guest";
 
-/// A guest kernel and an initramfs with the agent, as open files.
+/// A guest kernel and an initramfs with the agent.
+///
+/// Nothing is read of either before a machine boots: one that is restored needs neither.
 #[derive(Debug)]
 pub struct GuestBundle {
-    kernel: File,
-    initramfs: File,
+    kernel: Part,
+    initramfs: Part,
+}
+
+/// A part of a bundle that is built into a program.
+#[derive(Clone, Copy, Debug)]
+pub struct BuiltIn {
+    /// Its content.
+    pub bytes: &'static [u8],
+    /// The SHA-256 of the content.
+    pub sha256: Digest,
+}
+
+/// One of the two.
+#[derive(Debug)]
+enum Part {
+    File(File),
+    BuiltIn(BuiltIn),
 }
 
 /// Why there is no guest to boot.
@@ -70,16 +88,13 @@ impl GuestBundle {
     /// # Errors
     /// [`BundleError::Read`] naming the file.
     pub fn from_dir(folder: &Path) -> Result<Self, BundleError> {
-        Ok(Self { kernel: open(&folder.join(KERNEL_FILE))?, initramfs: open(&folder.join(INITRAMFS_FILE))? })
+        let open = |name: &str| open(&folder.join(name)).map(Part::File);
+        Ok(Self { kernel: open(KERNEL_FILE)?, initramfs: open(INITRAMFS_FILE)? })
     }
 
-    /// Puts a bundle that is part of a program into sealed files in memory, which a monitor can be handed.
-    ///
-    /// # Errors
-    /// [`BundleError::Memory`] when the host has no memory or descriptors left.
-    pub fn from_bytes(kernel: &[u8], initramfs: &[u8]) -> Result<Self, BundleError> {
-        let sealed = |name: &str, bytes: &[u8]| sealed(name, bytes).map_err(BundleError::Memory);
-        Ok(Self { kernel: sealed("kiln-kernel", kernel)?, initramfs: sealed("kiln-initramfs", initramfs)? })
+    /// A bundle that is part of a program.
+    pub fn built_in(kernel: BuiltIn, initramfs: BuiltIn) -> Self {
+        Self { kernel: Part::BuiltIn(kernel), initramfs: Part::BuiltIn(initramfs) }
     }
 
     /// Finds a bundle: in the folder [`GUEST_DIR_VARIABLE`] names, else in `kiln-guest/` beside the executable.
@@ -106,17 +121,36 @@ impl GuestBundle {
     /// # Errors
     /// [`BundleError::Read`] when it cannot be opened. Whether it is a kernel is seen when it boots.
     pub fn with_kernel(self, path: &Path) -> Result<Self, BundleError> {
-        Ok(Self { kernel: open(path)?, ..self })
+        Ok(Self { kernel: Part::File(open(path)?), ..self })
     }
 
-    /// The kernel.
-    pub fn kernel(&self) -> &File {
-        &self.kernel
+    /// The kernel, as a file that a monitor can be handed: one in memory, made anew each time, when it is built in.
+    ///
+    /// # Errors
+    /// [`BundleError::Memory`] when the host has no memory or descriptors left.
+    pub fn kernel(&self) -> Result<File, BundleError> {
+        self.kernel.file("kiln-kernel")
     }
 
-    /// The initramfs with the agent.
-    pub fn initramfs(&self) -> &File {
-        &self.initramfs
+    /// The initramfs with the agent, likewise.
+    ///
+    /// # Errors
+    /// [`BundleError::Memory`] when the host has no memory or descriptors left.
+    pub fn initramfs(&self) -> Result<File, BundleError> {
+        self.initramfs.file("kiln-initramfs")
+    }
+
+    /// What tells this bundle from any other without reading it: the digests of what is built in, and of files which they
+    /// are and when they were last changed. The same bytes in another file are another bundle.
+    ///
+    /// # Errors
+    /// What looking at the files gave.
+    pub(crate) fn identity(&self) -> io::Result<Digest> {
+        let mut hasher = Hasher::new();
+        for part in [&self.kernel, &self.initramfs] {
+            part.identify(&mut hasher)?;
+        }
+        Ok(hasher.finish())
     }
 
     /// The SHA-256 of the kernel and of the initramfs: what the guest side of a build is known by.
@@ -124,7 +158,47 @@ impl GuestBundle {
     /// # Errors
     /// What reading the files gave.
     pub fn digests(&self) -> io::Result<(Digest, Digest)> {
-        Ok((digest(&self.kernel)?, digest(&self.initramfs)?))
+        Ok((self.kernel.digest()?, self.initramfs.digest()?))
+    }
+}
+
+impl Part {
+    fn file(&self, name: &str) -> Result<File, BundleError> {
+        match self {
+            Self::File(file) => file.try_clone(),
+            Self::BuiltIn(part) => sealed(name, part.bytes),
+        }
+        .map_err(BundleError::Memory)
+    }
+
+    fn digest(&self) -> io::Result<Digest> {
+        match self {
+            Self::File(file) => digest(file),
+            Self::BuiltIn(part) => Ok(part.sha256),
+        }
+    }
+
+    fn identify(&self, hasher: &mut Hasher) -> io::Result<()> {
+        match self {
+            Self::BuiltIn(part) => {
+                hasher.update(b"built in");
+                hasher.update(part.sha256.as_bytes());
+            }
+            Self::File(file) => {
+                let metadata = file.metadata()?;
+                hasher.update(b"file");
+                for number in [metadata.dev(), metadata.ino(), metadata.len()] {
+                    hasher.update(&number.to_le_bytes());
+                }
+                // When its content was last changed, and when anything about it was: the latter cannot be set back.
+                for number in
+                    [metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()]
+                {
+                    hasher.update(&number.to_le_bytes());
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -170,17 +244,44 @@ mod tests {
 
     #[test]
     fn a_bundle_from_bytes_cannot_be_changed() {
-        let bundle = GuestBundle::from_bytes(b"kernel", b"initramfs").expect("memory for a few bytes");
+        let bundle = built_in(b"kernel", b"initramfs");
+        let mut kernel = bundle.kernel().expect("memory for a few bytes");
         let mut text = String::new();
-        bundle.kernel().read_to_string(&mut text).expect("a file in memory reads");
+        kernel.read_to_string(&mut text).expect("a file in memory reads");
         assert_eq!(text, "kernel");
-        assert!(bundle.kernel().write_all(b"x").is_err());
-        assert!(bundle.initramfs().set_len(0).is_err());
+        assert!(kernel.write_all(b"x").is_err());
+        assert!(bundle.initramfs().expect("memory for a few bytes").set_len(0).is_err());
+    }
+
+    fn built_in(kernel: &'static [u8], initramfs: &'static [u8]) -> GuestBundle {
+        let part = |bytes| BuiltIn { bytes, sha256: Digest::of(bytes) };
+        GuestBundle::built_in(part(kernel), part(initramfs))
+    }
+
+    fn folder_with(kernel: &[u8]) -> (tempfile::TempDir, GuestBundle) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(folder.path().join(KERNEL_FILE), kernel).expect("written");
+        std::fs::write(folder.path().join(INITRAMFS_FILE), b"").expect("written");
+        let bundle = GuestBundle::from_dir(folder.path()).expect("a bundle");
+        (folder, bundle)
+    }
+
+    #[test]
+    fn another_kernel_is_another_bundle() {
+        let identity = |bundle: &GuestBundle| bundle.identity().expect("looked at");
+        assert_eq!(identity(&built_in(b"kernel", b"")), identity(&built_in(b"kernel", b"")));
+        assert_ne!(identity(&built_in(b"kernel", b"")), identity(&built_in(b"kerneL", b"")));
+        assert_ne!(identity(&built_in(b"k", b"i")), identity(&built_in(b"i", b"k")));
+        let (folder, bundle) = folder_with(b"kernel");
+        let before = identity(&bundle);
+        assert_eq!(before, identity(&GuestBundle::from_dir(folder.path()).expect("a bundle")));
+        std::fs::write(folder.path().join(KERNEL_FILE), b"Kernel").expect("written");
+        assert_ne!(before, identity(&GuestBundle::from_dir(folder.path()).expect("a bundle")));
     }
 
     #[test]
     fn digests_are_of_the_whole_files() {
-        let bundle = GuestBundle::from_bytes(b"kernel", b"").expect("memory for a few bytes");
+        let (_folder, bundle) = folder_with(b"kernel");
         assert_eq!(bundle.digests().expect("files in memory read").0, Digest::of(b"kernel"));
         assert_eq!(bundle.digests().expect("files in memory read").0, Digest::of(b"kernel"));
     }

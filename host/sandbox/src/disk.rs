@@ -6,19 +6,35 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use kiln_control::{MAX_START_FDS, Start};
+use kiln_control::MAX_START_FDS;
 use kiln_oci::{DiskPart, Image, PullError};
+
+/// The size that every guest sees its disks as having, in bytes. What is behind them is smaller and says so itself, or
+/// nothing: so a machine that was saved with one disk is restored with another in its place.
+pub(crate) const DISK_CAPACITY_BYTES: u64 = 1 << 43;
 
 /// A block device of a machine.
 #[derive(Debug)]
 pub struct Disk {
     /// The guest may not write.
     pub read_only: bool,
-    /// The pieces of files it consists of, in order; a writable disk has exactly one.
+    /// The pieces of files it consists of, in order; a writable disk has exactly one. Without any it reads as zeros and
+    /// takes no writes.
     pub extents: Vec<Extent>,
 }
 
 impl Disk {
+    /// A disk that nothing is behind.
+    pub(crate) fn placeholder(read_only: bool) -> Self {
+        Self { read_only, extents: Vec::new() }
+    }
+
+    /// A disk that takes writes, `size_bytes` of `file`.
+    pub(crate) fn writable(file: File, size_bytes: u64) -> Self {
+        let length = size_bytes & !4095;
+        Self { read_only: false, extents: vec![Extent { data: file, offset: 0, length, digests: None }] }
+    }
+
     /// The disk an image's files are on: its merged metadata and layers end to end, each checked as it is read.
     ///
     /// # Errors
@@ -86,8 +102,15 @@ pub(crate) fn scratch_disk(folder: &Path, size_bytes: u64) -> Result<Disk, Scrat
     let file =
         nameless_file(folder).map_err(|source| ScratchError::File { folder: folder.into(), source })?;
     kiln_rootfs::scratch(&file, size_bytes)?;
-    let length = size_bytes & !4095;
-    Ok(Disk { read_only: false, extents: vec![Extent { data: file, offset: 0, length, digests: None }] })
+    Ok(Disk::writable(file, size_bytes))
+}
+
+/// Makes a scratch disk with what another has. Blocks for as long as copying its data takes.
+pub(crate) fn scratch_copy(folder: &Path, from: &File, size_bytes: u64) -> Result<Disk, ScratchError> {
+    let error = |source| ScratchError::File { folder: folder.into(), source };
+    let file = nameless_file(folder).map_err(error)?;
+    kiln_store::copy_sparse(from, &file).map_err(error)?;
+    Ok(Disk::writable(file, size_bytes))
 }
 
 /// A file that no folder lists, so that it is gone with its last user.
@@ -119,9 +142,12 @@ impl<'fd> Descriptors<'fd> {
     }
 }
 
-/// Adds disks to the order for a machine.
-pub(crate) fn describe<'fd>(disks: &'fd [Disk], start: &mut Start, descriptors: &mut Descriptors<'fd>) {
-    for (index, disk) in disks.iter().enumerate() {
+/// The disks as an order for a machine has them, their files added to its descriptors.
+pub(crate) fn describe<'fd>(
+    disks: &[&'fd Disk],
+    descriptors: &mut Descriptors<'fd>,
+) -> Vec<kiln_control::Disk> {
+    let describe = |(index, disk): (usize, &&'fd Disk)| {
         let extents = disk
             .extents
             .iter()
@@ -132,13 +158,14 @@ pub(crate) fn describe<'fd>(disks: &'fd [Disk], start: &mut Start, descriptors: 
                 digests_fd: extent.digests.as_ref().map(|digests| descriptors.add(digests)),
             })
             .collect();
-        start.disks.push(kiln_control::Disk {
+        kiln_control::Disk {
             read_only: disk.read_only,
             extents,
             serial: format!("kiln-{index}"),
-            capacity_bytes: 0,
-        });
-    }
+            capacity_bytes: DISK_CAPACITY_BYTES,
+        }
+    };
+    disks.iter().enumerate().map(describe).collect()
 }
 
 #[cfg(test)]
@@ -163,12 +190,12 @@ mod tests {
             Disk { read_only: true, extents: vec![extent(Some(file())), extent(None)] },
             Disk { read_only: false, extents: vec![extent(None)] },
         ];
-        let (mut start, mut descriptors) = (Start::default(), Descriptors::default());
+        let mut descriptors = Descriptors::default();
         let kernel = file();
-        start.kernel_fd = descriptors.add(&kernel);
-        describe(&disks, &mut start, &mut descriptors);
+        descriptors.add(&kernel);
+        let described = describe(&[&disks[0], &disks[1]], &mut descriptors);
         let fds: Vec<_> =
-            start.disks.iter().flat_map(|disk| &disk.extents).map(|e| (e.fd, e.digests_fd)).collect();
+            described.iter().flat_map(|disk| &disk.extents).map(|e| (e.fd, e.digests_fd)).collect();
         assert_eq!(fds, [(1, Some(2)), (3, None), (4, None)]);
         assert_eq!(descriptors.as_slice().len(), 5);
     }

@@ -14,15 +14,19 @@ mod disk;
 pub mod launch;
 pub mod monitor;
 pub mod signal;
+mod snapshot;
 mod vm;
 
 pub use agent::{AgentError, Child, ExitStatus};
 pub use blame::Blame;
-pub use bundle::{BundleError, GuestBundle};
+pub use bundle::{BuiltIn, BundleError, GuestBundle};
 pub use disk::{Disk, Extent, Scratch, ScratchError};
 pub use kiln_oci as image;
 pub use kiln_protocol::{Reason, WindowSize};
 pub use kiln_store as store;
 pub use kiln_support::digest::Digest;
-pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram};
-pub use vm::{ExecBuilder, ExecError, MEMORY_MIN_MIB, Output, Phase, VCPUS_MAX, Vm, VmBuilder, VmError};
+pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram, RestoreTimes};
+pub use snapshot::{Bake, BakeError, SnapshotError, verify};
+pub use vm::{
+    ExecBuilder, ExecError, MEMORY_MIN_MIB, Output, Phase, Times, VCPUS_MAX, Vm, VmBuilder, VmError,
+};

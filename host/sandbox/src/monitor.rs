@@ -1,8 +1,10 @@
 //! The monitor: the process that is one virtual machine, seen from the host.
 //!
 //! ```text
-//! spawn ──► idle ──start──► booting ──Booted, Ready──► ready ──► ended
-//!             └───────────────┴── Failed, or the process dies ───┘
+//! spawn ─► idle ──start──► booting ──Booted, Ready──► running ──pause──► paused ─► ended
+//!             └─restore─► entered ─Resumed, Adopted─► │  ▲ └──Parked──────► │
+//!                                                     │  └──────resume──────┘
+//!             └────────────── Failed, or the process dies, from anywhere ────────┘
 //! ```
 //! The host holds one end of a `SOCK_SEQPACKET` pair and the monitor the other, as descriptor 3. Whoever drops a
 //! [`Monitor`] ends the machine: the process is killed, and should the host itself be killed, the monitor reads the
@@ -10,6 +12,8 @@
 
 mod channel;
 mod end;
+mod life;
+mod orders;
 mod probe;
 
 use std::io;
@@ -21,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
-use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Files, Happened, MAX_PACKET_FDS, Stop};
+use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Happened, Stop};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
@@ -31,7 +35,10 @@ use tokio::task::JoinHandle;
 
 use channel::AsyncChannel;
 pub use end::MachineEnd;
-pub use kiln_control::Start;
+pub use kiln_control::{Entered, Restore, SaveState, Start};
+pub(crate) use life::EndWatch;
+use life::Life;
+pub use life::{BootTimes, RestoreTimes};
 pub use probe::{Missing, Probe, probe};
 
 /// What the monitor program is started as (`argv[0]`), by which a binary that is more than a monitor knows its part.
@@ -65,30 +72,8 @@ impl MonitorProgram {
     }
 }
 
-/// Times a machine has passed on its way up, as host `CLOCK_MONOTONIC` in nanoseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BootTimes {
-    /// The monitor's first own act.
-    pub spawned_ns: u64,
-    /// The first vCPU entered the guest.
-    pub entered_ns: u64,
-    /// The agent's first instruction, or 0 when it did not announce itself.
-    pub agent_started_ns: u64,
-    /// The agent listens.
-    pub ready_ns: u64,
-}
-
-/// How far a machine has come.
-#[derive(Clone, Debug, Default)]
-struct Life {
-    booted: bool,
-    ready: bool,
-    times: BootTimes,
-    end: Option<Arc<MachineEnd>>,
-}
-
 /// Is told lines, from a task of the runtime; must not block for long.
-pub type LineListener = Box<dyn Fn(&str) + Send + Sync>;
+pub type LineListener = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A handle on a running monitor; dropping it ends the machine.
 #[derive(Debug)]
@@ -96,6 +81,8 @@ pub struct Monitor {
     channel: Arc<AsyncChannel>,
     life: watch::Receiver<Life>,
     watcher: JoinHandle<()>,
+    /// Held while an order that has an answer is under way, so that the next answer is its own.
+    answer: tokio::sync::Mutex<()>,
 }
 
 /// Why a monitor could not be started or spoken to.
@@ -116,6 +103,9 @@ pub enum MonitorError {
     /// A system call around the channel failed.
     #[error("cannot set up a channel to the monitor")]
     Setup(#[source] io::Error),
+    /// The monitor could not write a part of the machine to its file.
+    #[error("cannot save the machine: {0}")]
+    Save(String),
     /// The machine ended, or never began.
     #[error(transparent)]
     Ended(#[from] Arc<MachineEnd>),
@@ -167,40 +157,7 @@ impl Monitor {
         let stderr = child.stderr.take();
         let watcher =
             tokio::spawn(watch_over(Arc::clone(&channel), child, keep_tail(stderr, listener), life_sender));
-        Ok(Self { channel, life, watcher })
-    }
-
-    /// Makes the machine and boots it: once, first. `fds` are what the message's `*_fd` fields count.
-    ///
-    /// Returns when the order is sent; [`ready`](Self::ready) says what came of it.
-    ///
-    /// # Errors
-    /// [`MonitorError::Channel`] when the order has more disks and extents than a packet may carry;
-    /// [`MonitorError::Ended`] when the monitor is gone.
-    pub async fn start(&self, start: Start, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
-        let (mut rest, beside) = fds.split_at(fds.len().saturating_sub(MAX_PACKET_FDS));
-        while !rest.is_empty() {
-            let (files, others) = rest.split_at(rest.len().min(MAX_PACKET_FDS));
-            self.send(Do::Files(Files {}), files).await?;
-            rest = others;
-        }
-        self.send(Do::Start(start), beside).await
-    }
-
-    /// Waits until the agent listens.
-    ///
-    /// # Errors
-    /// [`MonitorError::Ended`] with how the machine ended instead.
-    pub async fn ready(&self) -> Result<BootTimes, MonitorError> {
-        self.reach(|life| life.ready).await
-    }
-
-    /// Waits until a vCPU has entered the guest.
-    ///
-    /// # Errors
-    /// [`MonitorError::Ended`] with how the machine ended instead.
-    pub async fn booted(&self) -> Result<BootTimes, MonitorError> {
-        self.reach(|life| life.booted).await
+        Ok(Self { channel, life, watcher, answer: tokio::sync::Mutex::default() })
     }
 
     /// Connects a stream to a vsock port of the guest.
@@ -229,31 +186,6 @@ impl Monitor {
         tokio::time::timeout(EXIT_LIMIT, stopping).await.unwrap_or_default()
     }
 
-    /// Waits for the end of the machine, however it comes.
-    pub async fn ended(&self) -> Arc<MachineEnd> {
-        let mut life = self.life.clone();
-        match life.wait_for(|life| life.end.is_some()).await {
-            Ok(life) => life.end.clone().unwrap_or_default(),
-            Err(_) => Arc::default(),
-        }
-    }
-
-    /// A view of the machine's end for one who does not own the machine.
-    pub(crate) fn end_watch(&self) -> EndWatch {
-        EndWatch { life: self.life.clone() }
-    }
-
-    async fn reach(&self, reached: impl Fn(&Life) -> bool) -> Result<BootTimes, MonitorError> {
-        let mut life = self.life.clone();
-        let Ok(life) = life.wait_for(|life| reached(life) || life.end.is_some()).await else {
-            return Err(Arc::<MachineEnd>::default().into());
-        };
-        if reached(&life) {
-            return Ok(life.times);
-        }
-        Err(life.end.clone().unwrap_or_default().into())
-    }
-
     async fn send(&self, call: Do, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
         match self.channel.send(&Command { call: Some(call) }, fds).await {
             // The process is gone or going: its end says why better than the socket does.
@@ -267,22 +199,6 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         // The watcher owns the process, which dies with it.
         self.watcher.abort();
-    }
-}
-
-/// Waits for the end of a machine without keeping it alive.
-#[derive(Clone, Debug)]
-pub(crate) struct EndWatch {
-    life: watch::Receiver<Life>,
-}
-
-impl EndWatch {
-    /// Waits for the end of the machine; a machine whose handle was dropped has been stopped.
-    pub(crate) async fn ended(&mut self) -> Arc<MachineEnd> {
-        match self.life.wait_for(|life| life.end.is_some()).await {
-            Ok(life) => life.end.clone().unwrap_or_default(),
-            Err(_) => Arc::default(),
-        }
     }
 }
 
@@ -317,20 +233,11 @@ async fn read_events(channel: &AsyncChannel, life: &watch::Sender<Life>) -> Opti
     loop {
         let event = channel.receive().await.ok()?;
         match event.happened {
-            Some(Happened::Booted(booted)) => life.send_modify(|life| {
-                life.booted = true;
-                life.times.spawned_ns = booted.spawned_ns;
-                life.times.entered_ns = booted.entered_ns;
-            }),
-            Some(Happened::Ready(ready)) => life.send_modify(|life| {
-                life.ready = true;
-                life.times.agent_started_ns = ready.agent_started_ns;
-                life.times.ready_ns = ready.ready_ns;
-            }),
             Some(Happened::Ended(ended)) => return Some(MachineEnd::from(ended)),
             Some(Happened::Failed(failed)) => return Some(MachineEnd::from(failed)),
+            Some(happened) => life.send_modify(|life| life.take(happened)),
             // A newer monitor may report more than this version knows.
-            _ => {}
+            None => {}
         }
     }
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::time::{Duration, SystemTime};
 
 use kiln_rootfs::FORMAT_VERSION;
-use kiln_store::{ImageRecord, LayerRecord, Store, StoreError, Tag};
+use kiln_store::{ImageRecord, LayerRecord, ObjectId, Store, StoreError, Tag};
 use kiln_support::digest::Digest;
 
 use crate::{Config, ImageConfig, Platform, PullError, Source, parse_config};
@@ -128,6 +128,11 @@ impl Image {
             record,
             store: store.clone(),
         }
+    }
+
+    /// The objects its root file system's disk is made of, in the disk's order: what its files are.
+    pub fn objects(&self) -> impl Iterator<Item = ObjectId> {
+        [self.record.merged].into_iter().chain(self.record.layers.iter().map(|layer| layer.object))
     }
 
     /// The parts of its root file system's disk, to be laid end to end: the merged metadata, then each layer.

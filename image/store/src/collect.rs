@@ -13,7 +13,7 @@ use crate::lock::Lock;
 use crate::record::{ImageRecord, LayerRecord};
 use crate::session::{LIFE, pin_name};
 use crate::store::{DIGESTS_SUFFIX, Folder};
-use crate::{Store, StoreError, record};
+use crate::{SnapshotKind, Store, StoreError, Tag, record, snapshot};
 
 /// What a collection removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub struct Collected {
     pub objects: u64,
     /// Blobs nothing referred to.
     pub blobs: u64,
+    /// Snapshots of images that no tag means any more, or that nobody can read.
+    pub snapshots: u64,
     /// The disk space all of it took, in bytes.
     pub bytes: u64,
 }
@@ -71,7 +73,8 @@ fn mark(store: &Store) -> Result<HashSet<String>, StoreError> {
             list(&session).or_else(|error| if session.exists() { Err(error) } else { Ok(Vec::new()) })?,
         );
     }
-    for tag in store.tags()? {
+    let tags = store.tags()?;
+    for tag in &tags {
         needed.insert(pin_name(Folder::Blobs, &tag.target.hex()));
         // A tag without its image is damage, but nothing is lost by going on.
         let what = format!("image {} ({})", tag.manifest, tag.name);
@@ -85,7 +88,25 @@ fn mark(store: &Store) -> Result<HashSet<String>, StoreError> {
             needed.insert(pin_name(Folder::Objects, &object.0.hex()));
         }
     }
+    mark_snapshots(store, &tags, &mut needed)?;
     Ok(needed)
+}
+
+/// A damaged record of a snapshot is left out: nobody can use what it stood for, and a template is made again.
+fn mark_snapshots(store: &Store, tags: &[Tag], needed: &mut HashSet<String>) -> Result<(), StoreError> {
+    for snapshot in store.snapshots()?.0 {
+        let is_wanted = match (snapshot.kind, &snapshot.image) {
+            (SnapshotKind::Template, Some(image)) => tags.iter().any(|tag| tag.manifest == image.manifest),
+            _ => true,
+        };
+        if !is_wanted {
+            continue;
+        }
+        needed.insert(pin_name(Folder::Snapshots, &snapshot.key.hex()));
+        needed.insert(pin_name(Folder::Blobs, &snapshot.state.hex()));
+        needed.extend(snapshot.objects().map(|id| pin_name(Folder::Objects, &id.0.hex())));
+    }
+    Ok(())
 }
 
 fn sweep(store: &Store, needed: &HashSet<String>) -> Result<Collected, StoreError> {
@@ -96,6 +117,14 @@ fn sweep(store: &Store, needed: &HashSet<String>) -> Result<Collected, StoreErro
             collected.images += 1;
         }
     }
+    // Records before what they name, so that whoever finds one finds it all, or learns that it is going.
+    for name in list(&store.folder(Folder::Snapshots))? {
+        if !needed.contains(&pin_name(Folder::Snapshots, &name)) {
+            collected.bytes += remove(&store.path(Folder::Snapshots, &name))?;
+            collected.snapshots += 1;
+        }
+    }
+    snapshot::sweep_locks(store)?;
     for name in list(&store.folder(Folder::Layers))? {
         let path = store.path(Folder::Layers, &name);
         // A damaged record of a layer is of no use to anybody: the layer can be made again.
@@ -122,7 +151,7 @@ fn sweep(store: &Store, needed: &HashSet<String>) -> Result<Collected, StoreErro
             collected.blobs += 1;
         }
     }
-    for folder in [Folder::Images, Folder::Layers, Folder::Objects, Folder::Blobs] {
+    for folder in [Folder::Images, Folder::Snapshots, Folder::Layers, Folder::Objects, Folder::Blobs] {
         let path = store.folder(folder);
         durable::sync_directory(&path).context("sync", &path)?;
     }

@@ -10,6 +10,8 @@
 //!        layers/<hex>.<format>   record: which object a layer (by its diff id) was made into
 //!        images/<hex>     record: what an image (by its manifest's digest) is made of
 //!        tags/<hex>       record: what a name means, and for which platform
+//!        snapshots/<hex>  record: what a saved machine (by its key) is made of
+//!        locks/<hex>      flock: held by who makes the snapshot of a key
 //!        tmp/<random>/    one writer's session: what it is writing, and pins on what it relies on
 //! ```
 //!
@@ -20,8 +22,8 @@
 //!   [`Store::open`] sweeps it.
 //! - Everything read is checked: blobs against their name at each read, records against the checksum they end with,
 //!   the digests of an object against its name when it is opened, its blocks against the digests when they are read.
-//! - Nothing is removed but by [`Store::collect`]: what no tag reaches and no live session has pinned. Open files stay
-//!   readable, so running machines do not notice.
+//! - Nothing is removed but by [`Store::collect`]: what neither a tag nor a snapshot reaches and no live session has
+//!   pinned. A template is reached while a tag means its image. Open files stay readable, so running machines do not notice.
 //!
 //! Blocks shared below layers and policies of collection change what is behind [`Object`] and what untags; neither
 //! changes these rules.
@@ -33,6 +35,8 @@ mod lock;
 mod object;
 mod record;
 mod session;
+mod snapshot;
+mod sparse;
 mod store;
 mod writer;
 
@@ -41,5 +45,7 @@ pub use error::StoreError;
 pub use object::{Object, ObjectId, ObjectReader};
 pub use record::{ImageRecord, LayerRecord, Tag};
 pub use session::Session;
+pub use snapshot::{BakeLock, Snapshot, SnapshotImage, SnapshotKind, SnapshotRecord, is_snapshot_name};
+pub use sparse::{Draft, copy_sparse};
 pub use store::{MAX_BLOB_BYTES, Store};
 pub use writer::{MAX_OBJECT_BYTES, ObjectWriter};

@@ -14,7 +14,9 @@ use crate::lock::Lock;
 use crate::record;
 use crate::store::{DIGESTS_SUFFIX, Folder, layer_name};
 use crate::writer::ObjectWriter;
-use crate::{ImageRecord, LayerRecord, MAX_BLOB_BYTES, Object, ObjectId, Store, StoreError, Tag};
+use crate::{
+    Draft, ImageRecord, LayerRecord, MAX_BLOB_BYTES, Object, ObjectId, SnapshotRecord, Store, StoreError, Tag,
+};
 
 /// The name of the file in a session's folder whose lock says that the session lives.
 pub(crate) const LIFE: &str = "life";
@@ -100,6 +102,14 @@ impl Session {
         ObjectWriter::create(self.clone(), self.new_path())
     }
 
+    /// Makes an empty file that somebody else is to write, for an object or a blob to be made of.
+    ///
+    /// # Errors
+    /// When the disk is full or fails.
+    pub fn new_draft(&self) -> Result<Draft, StoreError> {
+        Draft::create(self.clone(), self.new_path())
+    }
+
     /// Opens an object that is in the store and keeps it there.
     ///
     /// # Errors
@@ -143,6 +153,29 @@ impl Session {
     /// When the disk is full or fails.
     pub fn put_tag(&self, tag: &Tag) -> Result<(), StoreError> {
         self.put_file(Folder::Tags, &Tag::file_name(&tag.name, &tag.platform), &record::encode(tag)?)
+    }
+
+    /// Records a snapshot, in the place of an earlier one with its key. All it is made of must be in the store, put or
+    /// used through this session. A name that it has goes over to it.
+    ///
+    /// # Errors
+    /// When the disk is full or fails.
+    pub fn put_snapshot(&self, snapshot: &SnapshotRecord) -> Result<(), StoreError> {
+        if let Some(name) = &snapshot.name {
+            let (others, _) = self.inner.store.snapshots()?;
+            for other in others {
+                if other.key != snapshot.key && other.name.as_ref() == Some(name) {
+                    self.put_snapshot_record(&SnapshotRecord { name: None, ..other })?;
+                }
+            }
+        }
+        self.put_snapshot_record(snapshot)
+    }
+
+    fn put_snapshot_record(&self, snapshot: &SnapshotRecord) -> Result<(), StoreError> {
+        let name = snapshot.key.hex();
+        self.pin(Folder::Snapshots, &name)?;
+        self.put_file(Folder::Snapshots, &name, &record::encode(snapshot)?)
     }
 
     /// Reads what an image is made of and keeps all of it in the store; `None` when it is not in the store.

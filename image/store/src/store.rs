@@ -37,12 +37,24 @@ pub(crate) enum Folder {
     Layers,
     Images,
     Tags,
+    Snapshots,
+    Locks,
     Sessions,
 }
 
 impl Folder {
-    const ALL: [Self; 6] =
-        [Self::Blobs, Self::Objects, Self::Layers, Self::Images, Self::Tags, Self::Sessions];
+    const ALL: [Self; 8] = [
+        Self::Blobs,
+        Self::Objects,
+        Self::Layers,
+        Self::Images,
+        Self::Tags,
+        Self::Snapshots,
+        Self::Locks,
+        Self::Sessions,
+    ];
+    /// Those that stores made by earlier versions lack.
+    const LATER: [Self; 2] = [Self::Snapshots, Self::Locks];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -51,6 +63,8 @@ impl Folder {
             Self::Layers => "layers",
             Self::Images => "images",
             Self::Tags => "tags",
+            Self::Snapshots => "snapshots",
+            Self::Locks => "locks",
             Self::Sessions => "tmp",
         }
     }
@@ -83,7 +97,7 @@ impl Store {
         let store = Self { root: Arc::new(std::path::absolute(&root).context("find", &root)?) };
         let format_path = store.root.join("format");
         match fs::read_to_string(&format_path) {
-            Ok(format) if format == FORMAT => {}
+            Ok(format) if format == FORMAT => store.create_folders(&Folder::LATER)?,
             Ok(found) => {
                 let found = found.trim().chars().take(40).collect();
                 return Err(StoreError::Format { root, found, known: FORMAT.trim() });
@@ -102,8 +116,12 @@ impl Store {
         durable::create_directories(&self.root).context("create", &self.root)?;
         // Images can hold what only their owner may read.
         rustix::fs::chmod(&*self.root, Mode::RWXU).map_err(io::Error::from).context("protect", &self.root)?;
-        for folder in Folder::ALL {
-            let path = self.folder(folder);
+        self.create_folders(&Folder::ALL)
+    }
+
+    fn create_folders(&self, folders: &[Folder]) -> Result<(), StoreError> {
+        for folder in folders {
+            let path = self.folder(*folder);
             durable::create_directories(&path).context("create", &path)?;
         }
         Ok(())
@@ -235,8 +253,13 @@ impl Store {
     /// # Errors
     /// When the file system fails.
     pub fn untag(&self, name: &str, platform: &str) -> Result<bool, StoreError> {
-        let folder = self.folder(Folder::Tags);
-        let path = folder.join(Tag::file_name(name, platform));
+        self.remove_record(Folder::Tags, &Tag::file_name(name, platform))
+    }
+
+    /// Removes a record for good; false when there was none.
+    pub(crate) fn remove_record(&self, folder: Folder, name: &str) -> Result<bool, StoreError> {
+        let folder = self.folder(folder);
+        let path = folder.join(name);
         match fs::remove_file(&path) {
             Ok(()) => {
                 durable::sync_directory(&folder).context("sync", &folder)?;
@@ -247,7 +270,8 @@ impl Store {
         }
     }
 
-    /// Removes everything no tag reaches and no live session has pinned, and says how much that was.
+    /// Removes everything neither a tag nor a snapshot reaches and no live session has pinned, and says how much that was.
+    /// Templates of images that no tag means any more go too, and snapshots whose records are damaged.
     ///
     /// Waits for those who are just opening or publishing something, which takes them moments; holds them up for as
     /// long as it takes to read all tags and list all folders.

@@ -148,7 +148,7 @@ impl ObjectWriter {
 
 static ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
-fn zero_block_digest() -> Digest {
+pub(crate) fn zero_block_digest() -> Digest {
     static DIGEST: std::sync::OnceLock<Digest> = std::sync::OnceLock::new();
     *DIGEST.get_or_init(|| Digest::of(ZEROS))
 }

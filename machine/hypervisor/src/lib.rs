@@ -146,6 +146,14 @@ pub trait Vcpu: Send + 'static {
     /// [`Error::Call`] when the backend fails.
     fn tsc_khz(&self) -> Result<u32, Error>;
 
+    /// Keeps all interrupts from the guest, or lets those that came meanwhile and all others reach it again.
+    ///
+    /// For moments: a guest that is to do one thing first. Saving its state ends it.
+    ///
+    /// # Errors
+    /// [`Error::Call`] when the backend fails.
+    fn hold_interrupts(&mut self, hold: bool) -> Result<(), Error>;
+
     /// All of its state. It rests: it has not run yet, or its last run ended with [`Exit::Kicked`], after which nothing it
     /// asked for is unanswered.
     ///

@@ -217,6 +217,27 @@ fn a_message_interrupts_a_halted_guest<B: Backend>() {
     assert_eq!(next(&mut vcpu), Exit::PortWrite { port: 0x11, data: &[2] });
 }
 
+fn a_held_interrupt_comes_when_it_is_let_through<B: Backend>() {
+    // mov dword [0xfee000f0], 0x1ff (local APIC on); mov al, 1; out 0x10, al; sti; mov al, 2; out 0x10, al; mov al, 3;
+    // out 0x10, al; hlt; jmp -3
+    let code = [
+        0xc7, 0x05, 0xf0, 0x00, 0xe0, 0xfe, 0xff, 0x01, 0x00, 0x00, 0xb0, 0x01, 0xe6, 0x10, 0xfb, 0xb0, 0x02,
+        0xe6, 0x10, 0xb0, 0x03, 0xe6, 0x10, 0xf4, 0xeb, 0xfd,
+    ];
+    // mov al, 4; out 0x11, al; jmp $
+    let handler = [0xb0, 0x04, 0xe6, 0x11, 0xeb, 0xfe];
+    let write = |port, value| Step::PortWrite { port, data: vec![value] };
+    let script = vec![write(0x10, 1), write(0x10, 2), write(0x11, 4)];
+    let (vm, mut vcpu) = machine::<B>(&code, &handler, script);
+    assert_eq!(next(&mut vcpu), Exit::PortWrite { port: 0x10, data: &[1] });
+    vcpu.hold_interrupts(true).expect("held");
+    vcpu.hold_interrupts(true).expect("held as before");
+    vm.signal_msi(Msi { address: 0xfee0_0000, data: VECTOR.into() }).expect("delivered");
+    assert_eq!(next(&mut vcpu), Exit::PortWrite { port: 0x10, data: &[2] });
+    vcpu.hold_interrupts(false).expect("let through");
+    assert_eq!(next(&mut vcpu), Exit::PortWrite { port: 0x11, data: &[4] });
+}
+
 fn a_message_nobody_takes_is_no_error<B: Backend>() {
     let (vm, _vcpu) = machine::<B>(&[0xf4], &[], vec![]);
     vm.signal_msi(Msi { address: 0xfee0_7000, data: VECTOR.into() }).expect("dropped");
@@ -388,6 +409,7 @@ contract! {
     a_vcpu_moves_between_threads
     a_second_vcpu_waits_to_be_started
     a_message_interrupts_a_halted_guest
+    a_held_interrupt_comes_when_it_is_let_through
     a_message_nobody_takes_is_no_error
     a_triple_fault_is_a_shutdown
     a_breakpoint_in_the_guest_kernel_reaches_its_handler

@@ -228,7 +228,15 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
             match effect {
                 Effect::None => {}
                 Effect::Reset => self.control.end(EndReason::Reset, ""),
-                Effect::Power(request) => self.serve(request),
+                Effect::Power(request) => {
+                    self.serve(request);
+                    if request == power::Request::Doorbell(power::PHASE_RESUMED)
+                        && let Err(error) = vcpu.hold_interrupts(false)
+                    {
+                        self.crashed(index, &vcpu, &error.to_string());
+                        return None;
+                    }
+                }
             }
         }
         None

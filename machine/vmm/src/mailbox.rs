@@ -16,8 +16,8 @@ pub type Id = [u8; 16];
 const ACKNOWLEDGED: usize = 16;
 const REALTIME: usize = 32;
 
-/// A generation is not one. Kiln is to blame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+/// A generation cannot be left there. Kiln is to blame, or the hypervisor.
+#[derive(Debug, thiserror::Error)]
 pub enum MailError {
     /// Its length is not a generation's.
     #[error("a generation of {0} bytes where {GENERATION_BYTES} make one")]
@@ -28,6 +28,9 @@ pub enum MailError {
     /// The guest has no memory where the mailbox is.
     #[error(transparent)]
     Memory(#[from] OutOfRange),
+    /// The vCPUs cannot be made ready for it.
+    #[error(transparent)]
+    Hypervisor(#[from] kiln_hypervisor::Error),
 }
 
 /// Puts `generation` into the mailbox of a guest that stands still, with the time it is now.
@@ -83,7 +86,7 @@ mod tests {
 
     #[test]
     fn what_is_no_generation_is_refused() {
-        assert_eq!(put(&memory(), &[7; 203]), Err(MailError::Length(203)));
-        assert_eq!(put(&memory(), &[0; GENERATION_BYTES]), Err(MailError::NoId));
+        assert!(matches!(put(&memory(), &[7; 203]), Err(MailError::Length(203))));
+        assert!(matches!(put(&memory(), &[0; GENERATION_BYTES]), Err(MailError::NoId)));
     }
 }

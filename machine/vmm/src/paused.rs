@@ -10,6 +10,8 @@ use crate::machine::{Machine, Observer, VcpuOf};
 use crate::mailbox::{self, Id as MailId, MailError};
 use crate::shell::{Shape, Shell};
 
+/// The privilege level of user mode.
+const USER_MODE: u8 = 3;
 /// By how much a clock may run at another speed: what hosts of one kind differ by, and no program notices.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
@@ -98,9 +100,17 @@ impl<H: Hypervisor> Paused<H> {
 
     /// Leaves `generation`, as `kiln_protocol::mailbox` has it, for the parked agent to find when the machine goes on.
     ///
+    /// Until the agent says that it has found it, no interrupt reaches a vCPU that stands in user mode, as the agent's does: a timer that
+    /// ran out while the machine stood still would have the guest kernel run first.
+    ///
     /// # Errors
     /// [`MailError`]
-    pub fn put_mail(&self, generation: &[u8]) -> Result<MailId, MailError> {
+    pub fn put_mail(&mut self, generation: &[u8]) -> Result<MailId, MailError> {
+        for vcpu in &mut self.vcpus {
+            if vcpu.system_registers()?.cs.dpl == USER_MODE {
+                vcpu.hold_interrupts(true)?;
+            }
+        }
         mailbox::put(&self.machine.memory, generation)
     }
 

@@ -17,4 +17,5 @@ mod nasty;
 mod restore;
 mod signals;
 mod streams;
+mod templates;
 mod terminal;

@@ -1,7 +1,9 @@
 //! A guest that was saved goes on in other machines: the real kernel and agent, below the command line.
 
+use kiln_protocol::mailbox::{self, Generation};
 use kiln_testkit::guest::Guest;
 use kiln_tests::from_environment;
+use kiln_vmm::layout;
 
 #[test]
 fn a_saved_guest_goes_on_in_as_many_machines_as_wanted() {
@@ -24,4 +26,39 @@ fn a_saved_guest_with_several_processors_goes_on() {
     let guest = Guest::boot(&from_environment("KILN_TEST_GUEST"), 128, 2).expect("it boots");
     let (saved, _guest) = guest.save().expect("saved");
     saved.restore().expect("restored").0.hello().expect("it answers");
+}
+
+fn generation(id: u8) -> Generation {
+    Generation {
+        id: [id; 16],
+        realtime_ns: 0,
+        entropy: [id; 64],
+        machine_id: [id; 16],
+        boot_id: [id; 16],
+        hostname: format!("clone-{id}"),
+    }
+}
+
+#[test]
+fn a_parked_guest_goes_on_as_many_others() {
+    let guest = Guest::boot(&from_environment("KILN_TEST_GUEST"), 128, 1).expect("it boots");
+    let saved = guest.park().expect("it parks").save().expect("saved");
+    for id in 1..4 {
+        let (copy, took) = saved.claim(&generation(id)).expect("it takes its mail");
+        eprintln!("{took:?}");
+        copy.hello().expect("it answers");
+    }
+    // A copy that has become one can become another.
+    let (copy, _) = saved.claim(&generation(4)).expect("it takes its mail");
+    let again = copy.park().expect("it parks again").save().expect("saved");
+    let (copy, _) = again.claim(&generation(5)).expect("it takes its mail");
+    copy.hello().expect("it answers");
+}
+
+/// Monitor and agent each have the numbers of their contract.
+#[test]
+fn monitor_and_agent_mean_the_same_mailbox() {
+    assert_eq!(layout::MAILBOX.0, mailbox::GPA);
+    assert_eq!(layout::MAILBOX_BYTES, mailbox::BYTES as u64);
+    assert_eq!(kiln_vmm::mailbox::GENERATION_BYTES, mailbox::GENERATION_BYTES);
 }

@@ -11,6 +11,8 @@ fn help_teaches() {
     assert_snapshot!("help", told(&["--help"]));
     assert_snapshot!("help_run", told(&["run", "--help"]));
     assert_snapshot!("help_pull", told(&["pull", "--help"]));
+    assert_snapshot!("help_bake", told(&["bake", "--help"]));
+    assert_snapshot!("help_snapshot", told(&["snapshot", "--help"]));
     assert_snapshot!("help_doctor", told(&["doctor", "--help"]));
 }
 
@@ -54,6 +56,11 @@ fn an_environment_file_that_is_not_there_is_named() {
 fn a_kernel_that_is_not_there_is_named() {
     let output = run(&["run", "--kernel", "/nonexistent/vmlinux", "x"]);
     assert_eq!(output.status.code(), Some(125));
+}
+
+#[test]
+fn a_name_that_looks_like_a_key_is_refused() {
+    assert_snapshot!("name_like_a_key", told(&["bake", "--name", "deadbeef", "x"]));
 }
 
 #[test]

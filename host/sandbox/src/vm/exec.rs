@@ -83,7 +83,7 @@ impl ExecError {
 }
 
 impl<'vm> ExecBuilder<'vm> {
-    pub(super) fn new(monitor: &'vm Monitor, argv: Vec<OsString>) -> Self {
+    pub(crate) fn new(monitor: &'vm Monitor, argv: Vec<OsString>) -> Self {
         let exec = Exec { argv: argv.into_iter().map(OsStringExt::into_vec).collect(), ..Exec::default() };
         Self { monitor, exec, output_limit_bytes: OUTPUT_LIMIT_BYTES }
     }
@@ -115,6 +115,12 @@ impl<'vm> ExecBuilder<'vm> {
     /// Gives the command a stdin to write to; otherwise it reads `/dev/null`.
     pub fn stdin(mut self) -> Self {
         self.exec.stdin = true;
+        self
+    }
+
+    /// Makes it a command that prepares the guest and not its first.
+    pub(crate) fn for_warm_up(mut self) -> Self {
+        self.exec.warmup = true;
         self
     }
 

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use kiln_store::{ImageRecord, Store};
 
+use crate::snapshots::{put_snapshot, snapshot_of};
 use crate::{check_all_files, check_image, empty_store, put_image};
 
 const ROUNDS: u64 = 25;
@@ -31,7 +32,9 @@ fn writer_child() {
             store.collect().expect("collected");
             writeln!(output, "#done {name} 0").expect("written");
         } else {
-            put_image(&store, &name, seed).expect("put");
+            let image = put_image(&store, &name, seed).expect("put");
+            // Of an image that the next round may untag, made and dropped with it.
+            put_snapshot(&store, &snapshot_of(&image, seed)).expect("put");
             writeln!(output, "#done {name} {seed}").expect("written");
         }
     }

@@ -2,6 +2,7 @@
 
 mod crash;
 mod full;
+mod snapshots;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -105,6 +106,11 @@ fn check_all_files(store: &Store) {
     }
     for tag in store.tags().expect("sound records") {
         check_image(store, &tag);
+    }
+    let (snapshots, damaged) = store.snapshots().expect("listed");
+    assert_eq!(damaged, []);
+    for snapshot in snapshots {
+        store.open_snapshot(&snapshot.key).expect("sound").expect("all it is made of");
     }
 }
 

@@ -30,14 +30,28 @@ pub struct KvmVcpu {
     msrs: Arc<[u32]>,
     /// It has not run, or its last exit left nothing to be answered.
     rests: bool,
+    /// The task priority it had before interrupts were held.
+    held: Option<u64>,
 }
+
+/// The task priority that no interrupt is above. Intel SDM volume 3 "Task and Processor Priorities".
+const HIGHEST_PRIORITY: u64 = 15;
 
 impl KvmVcpu {
     pub(super) fn new(fd: VcpuFd, memory: GuestMemory, msrs: Arc<[u32]>) -> Result<Self, Error> {
         // SAFETY: the descriptor is open: `fd` owns it and outlives the borrow.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let kick = KvmKick::new(borrowed)?;
-        Ok(Self { fd, kick, unfinished: None, xstate: Layout::default(), memory, msrs, rests: true })
+        Ok(Self {
+            fd,
+            kick,
+            unfinished: None,
+            xstate: Layout::default(),
+            memory,
+            msrs,
+            rests: true,
+            held: None,
+        })
     }
 
     /// Finishes what the last exit left to do.
@@ -105,8 +119,20 @@ impl Vcpu for KvmVcpu {
         self.fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))
     }
 
+    fn hold_interrupts(&mut self, hold: bool) -> Result<(), Error> {
+        if hold == self.held.is_some() {
+            return Ok(());
+        }
+        let mut sregs = self.fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+        let priority = self.held.unwrap_or(HIGHEST_PRIORITY);
+        self.held = hold.then_some(sregs.cr8);
+        sregs.cr8 = priority;
+        self.fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))
+    }
+
     fn save(&mut self) -> Result<VcpuState, Error> {
         self.settle()?;
+        self.hold_interrupts(false)?;
         save::save(&self.fd, &self.msrs)
     }
 

@@ -50,7 +50,7 @@ pub(super) fn restore(
     let console = Console::new(console).map_err(|error| Failure::host("cannot start the console", &error))?;
     let Devices { virtio, ports } = devices;
     let observer = reporter.observer();
-    let paused = Paused::restore(shell, &state, console, virtio, observer)?;
+    let mut paused = Paused::restore(shell, &state, console, virtio, observer)?;
     reporter.watches(paused.memory());
     if !generation.is_empty() {
         reporter.expect(paused.put_mail(&generation)?);

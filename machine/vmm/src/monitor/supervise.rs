@@ -121,7 +121,7 @@ impl Supervisor<'_> {
 
     fn resume(
         &self,
-        paused: Paused<Kvm>,
+        mut paused: Paused<Kvm>,
         resume: &Resume,
         ordered: Nanoseconds,
     ) -> Result<State, ChannelError> {

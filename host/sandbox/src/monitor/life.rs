@@ -1,0 +1,153 @@
+//! How far a machine has come: what its monitor reported, for any number of waiters.
+
+use std::sync::Arc;
+
+use kiln_control::{Entered, Happened, Saved};
+use tokio::sync::watch;
+
+use super::MachineEnd;
+
+/// Times a machine has passed on its way up, as host `CLOCK_MONOTONIC` in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BootTimes {
+    /// The monitor's first own act.
+    pub spawned_ns: u64,
+    /// The first vCPU entered the guest.
+    pub entered_ns: u64,
+    /// The agent's first instruction, or 0 when it did not announce itself.
+    pub agent_started_ns: u64,
+    /// The agent listens.
+    pub ready_ns: u64,
+}
+
+/// Times a restored machine has passed, as host `CLOCK_MONOTONIC` in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RestoreTimes {
+    /// The monitor's first own act.
+    pub spawned_ns: u64,
+    /// The order had come.
+    pub ordered_ns: u64,
+    /// The first vCPU entered the guest.
+    pub entered_ns: u64,
+    /// The agent had taken its generation.
+    pub resumed_ns: u64,
+    /// The guest had become who its generation says.
+    pub adopted_ns: u64,
+}
+
+/// How far a machine has come. What can happen more than once is counted, so that a waiter knows what is news.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Life {
+    pub(super) booted: bool,
+    pub(super) ready: bool,
+    pub(super) boot: BootTimes,
+    pub(super) restore: RestoreTimes,
+    pub(super) parked: u64,
+    pub(super) paused: u64,
+    pub(super) pause_took_ns: u64,
+    pub(super) entered: u64,
+    pub(super) last_entered: Entered,
+    pub(super) resumed: u64,
+    pub(super) adopted: u64,
+    pub(super) saved: u64,
+    pub(super) last_saved: Saved,
+    pub(super) end: Option<Arc<MachineEnd>>,
+}
+
+impl Life {
+    /// Takes note of an event that is not the last.
+    pub(super) fn take(&mut self, happened: Happened) {
+        match happened {
+            Happened::Booted(booted) => {
+                self.booted = true;
+                self.boot.spawned_ns = booted.spawned_ns;
+                self.boot.entered_ns = booted.entered_ns;
+            }
+            Happened::Ready(ready) => {
+                self.ready = true;
+                self.boot.agent_started_ns = ready.agent_started_ns;
+                self.boot.ready_ns = ready.ready_ns;
+            }
+            Happened::Parked(_) => self.parked += 1,
+            Happened::Paused(paused) => {
+                self.paused += 1;
+                self.pause_took_ns = paused.took_ns;
+            }
+            Happened::Entered(entered) => {
+                self.entered += 1;
+                self.last_entered = entered;
+                self.restore.spawned_ns = entered.spawned_ns;
+                self.restore.ordered_ns = entered.ordered_ns;
+                self.restore.entered_ns = entered.entered_ns;
+            }
+            Happened::Resumed(resumed) => {
+                self.resumed += 1;
+                self.restore.resumed_ns = resumed.at_ns;
+            }
+            Happened::Adopted(adopted) => {
+                self.adopted += 1;
+                self.restore.adopted_ns = adopted.at_ns;
+            }
+            Happened::Saved(saved) => {
+                self.saved += 1;
+                self.last_saved = saved;
+            }
+            Happened::Ended(_) | Happened::Failed(_) => {}
+        }
+    }
+
+    fn how_it_ended(&self) -> Arc<MachineEnd> {
+        self.end.clone().unwrap_or_default()
+    }
+}
+
+/// Waits until a machine has come so far, and returns what `reached` makes of it; its end is the error.
+pub(super) async fn reach<T>(
+    mut life: watch::Receiver<Life>,
+    reached: impl Fn(&Life) -> Option<T>,
+) -> Result<T, Arc<MachineEnd>> {
+    match life.wait_for(|life| life.end.is_some() || reached(life).is_some()).await {
+        Ok(life) => reached(&life).ok_or_else(|| life.how_it_ended()),
+        // A machine whose handle was dropped has been stopped.
+        Err(_) => Err(Arc::default()),
+    }
+}
+
+/// Waits for the end of a machine without keeping it alive.
+#[derive(Clone, Debug)]
+pub(crate) struct EndWatch {
+    pub(super) life: watch::Receiver<Life>,
+}
+
+impl EndWatch {
+    /// Waits for the end of the machine; a machine whose handle was dropped has been stopped.
+    pub(crate) async fn ended(&mut self) -> Arc<MachineEnd> {
+        match self.life.wait_for(|life| life.end.is_some()).await {
+            Ok(life) => life.how_it_ended(),
+            Err(_) => Arc::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_happened_before_the_end_is_known_after_it() {
+        let (sender, life) = watch::channel(Life::default());
+        sender.send_modify(|life| life.take(Happened::Resumed(kiln_control::Resumed { at_ns: 7 })));
+        sender.send_modify(|life| life.end = Some(Arc::new(MachineEnd::PowerOff)));
+        let resumed = reach(life.clone(), |life| (life.resumed > 0).then_some(life.restore.resumed_ns)).await;
+        assert_eq!(resumed.ok(), Some(7));
+        let adopted = reach(life, |life| (life.adopted > 0).then_some(())).await;
+        assert_eq!(*adopted.expect_err("it powered off before"), MachineEnd::PowerOff);
+    }
+
+    #[tokio::test]
+    async fn a_machine_whose_handle_is_gone_has_stopped() {
+        let (sender, life) = watch::channel(Life::default());
+        drop(sender);
+        assert!(reach(life, |life| life.ready.then_some(())).await.is_err());
+    }
+}

@@ -1,0 +1,164 @@
+//! What a monitor is told, and the answers it is waited for.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_control::{
+    Do, Entered, Files, MAX_PACKET_FDS, Pause, Restore, Resume, SaveMemory, SaveState, Saved, Start,
+};
+
+use super::life::{Life, reach};
+use super::{BootTimes, EndWatch, MachineEnd, Monitor, MonitorError, RestoreTimes};
+
+impl Monitor {
+    /// Makes the machine and boots it: once, first. `fds` are what the message's `*_fd` fields count.
+    ///
+    /// Returns when the order is sent; [`ready`](Self::ready) says what came of it.
+    ///
+    /// # Errors
+    /// [`MonitorError::Channel`] when the order has more disks and extents than a packet may carry;
+    /// [`MonitorError::Ended`] when the monitor is gone.
+    pub async fn start(&self, start: Start, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
+        self.send_with_files(Do::Start(start), fds).await
+    }
+
+    /// Makes the machine that a snapshot is of and enters it, in the place of [`start`](Self::start).
+    ///
+    /// Returns when the order is sent; [`resumed`](Self::resumed) and [`adopted`](Self::adopted) say what came of it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub async fn restore(&self, restore: Restore, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
+        self.send_with_files(Do::Restore(restore), fds).await
+    }
+
+    /// Waits until a vCPU has entered the guest that boots.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn booted(&self) -> Result<BootTimes, MonitorError> {
+        self.reach(|life| life.booted.then_some(life.boot)).await
+    }
+
+    /// Waits until the agent listens.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn ready(&self) -> Result<BootTimes, MonitorError> {
+        self.reach(|life| life.ready.then_some(life.boot)).await
+    }
+
+    /// Waits until the agent has parked: the machine stands still then.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn parked(&self) -> Result<(), MonitorError> {
+        self.reach(|life| (life.parked > 0).then_some(())).await
+    }
+
+    /// Waits until a vCPU has entered the guest that is restored.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn entered(&self) -> Result<RestoreTimes, MonitorError> {
+        self.reach(|life| (life.entered > 0).then_some(life.restore)).await
+    }
+
+    /// Waits until the agent of a parked machine has taken the generation it was given.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn resumed(&self) -> Result<RestoreTimes, MonitorError> {
+        self.reach(|life| (life.resumed > 0).then_some(life.restore)).await
+    }
+
+    /// Waits until the guest has become who its generation says: from here it takes requests.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn adopted(&self) -> Result<RestoreTimes, MonitorError> {
+        self.reach(|life| (life.adopted > 0).then_some(life.restore)).await
+    }
+
+    /// Stops the machine between two instructions, and says how long that took.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn pause(&self) -> Result<Duration, MonitorError> {
+        let took = self.answered(Do::Pause(Pause {}), &[], |life| (life.paused, life.pause_took_ns)).await?;
+        Ok(Duration::from_nanos(took))
+    }
+
+    /// Lets a paused machine go on, or a parked one with a generation as `kiln_protocol::mailbox` has it.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn resume(&self, generation: Vec<u8>) -> Result<Entered, MonitorError> {
+        self.answered(Do::Resume(Resume { generation }), &[], |life| (life.entered, life.last_entered)).await
+    }
+
+    /// Writes the memory of a paused or parked machine to an empty file, and says how long that took.
+    ///
+    /// # Errors
+    /// [`MonitorError::Save`] when it could not be written: the machine stands still as before.
+    pub async fn save_memory(&self, file: impl AsFd) -> Result<Duration, MonitorError> {
+        self.save(Do::SaveMemory(SaveMemory {}), file.as_fd()).await
+    }
+
+    /// Writes everything else of a paused or parked machine to an empty file, and says how long that took.
+    ///
+    /// # Errors
+    /// [`MonitorError::Save`] when it could not be written: the machine stands still as before.
+    pub async fn save_state(&self, state: SaveState, file: impl AsFd) -> Result<Duration, MonitorError> {
+        self.save(Do::SaveState(state), file.as_fd()).await
+    }
+
+    /// Waits for the end of the machine, however it comes.
+    pub async fn ended(&self) -> Arc<MachineEnd> {
+        self.end_watch().ended().await
+    }
+
+    /// A view of the machine's end for one who does not own the machine.
+    pub(crate) fn end_watch(&self) -> EndWatch {
+        EndWatch { life: self.life.clone() }
+    }
+
+    async fn save(&self, order: Do, file: BorrowedFd<'_>) -> Result<Duration, MonitorError> {
+        let Saved { failure, took_ns, .. } =
+            self.answered(order, &[file], |life| (life.saved, life.last_saved.clone())).await?;
+        if failure.is_empty() { Ok(Duration::from_nanos(took_ns)) } else { Err(MonitorError::Save(failure)) }
+    }
+
+    /// Gives an order and waits for its answer, which `look` finds beside the number of such answers so far.
+    async fn answered<T>(
+        &self,
+        order: Do,
+        fds: &[BorrowedFd<'_>],
+        look: impl Fn(&Life) -> (u64, T),
+    ) -> Result<T, MonitorError> {
+        let _turn = self.answer.lock().await;
+        let (before, _) = look(&self.life.borrow());
+        self.send(order, fds).await?;
+        let answer = |life: &Life| {
+            let (count, answer) = look(life);
+            (count > before).then_some(answer)
+        };
+        self.reach(answer).await
+    }
+
+    async fn reach<T>(&self, reached: impl Fn(&Life) -> Option<T>) -> Result<T, MonitorError> {
+        Ok(reach(self.life.clone(), reached).await?)
+    }
+
+    /// Gives an order with more files beside it than a packet may carry.
+    async fn send_with_files(&self, order: Do, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
+        let (mut rest, beside) = fds.split_at(fds.len().saturating_sub(MAX_PACKET_FDS));
+        while !rest.is_empty() {
+            let (files, others) = rest.split_at(rest.len().min(MAX_PACKET_FDS));
+            self.send(Do::Files(Files {}), files).await?;
+            rest = others;
+        }
+        self.send(order, beside).await
+    }
+}

@@ -1,0 +1,103 @@
+//! Machines made from snapshots, so that none boots twice.
+//!
+//! ```text
+//! boot ─▶ park ─▶ base ─restore─▶ set up, warm up, park ─▶ template ─restore─▶ machine
+//!         once per host and shape      once per image and wish                 every time
+//! ```
+//! A snapshot is known by the digest of everything it depends on ([`key`]), so one that fits is found or there is none, and
+//! one that a host or a version of Kiln cannot use is not even tried. Should a monitor refuse one all the same, it is made
+//! anew, once.
+
+mod bake;
+mod error;
+mod key;
+mod restore;
+
+use kiln_oci::Image;
+use kiln_store::{Snapshot, SnapshotImage, SnapshotRecord, Store};
+use kiln_support::digest::{Digest, Hasher};
+
+pub use error::{BakeError, SnapshotError};
+pub use restore::verify;
+
+use crate::monitor::{Monitor, RestoreTimes};
+use crate::vm::{VmBuilder, VmError};
+use key::Keys;
+
+/// Where snapshots are kept, and of which image.
+#[derive(Clone, Debug)]
+pub(crate) struct Snapshots {
+    store: Store,
+    image: SnapshotImage,
+    /// The digest over the image's objects.
+    content: Digest,
+}
+
+impl Snapshots {
+    pub(crate) fn new(store: &Store, image: &Image) -> Self {
+        let mut content = Hasher::new();
+        for object in image.objects() {
+            content.update(object.0.as_bytes());
+        }
+        Self {
+            store: store.clone(),
+            image: SnapshotImage { reference: image.name.clone(), manifest: image.digest },
+            content: content.finish(),
+        }
+    }
+}
+
+/// What a start does before its machine can be made from a snapshot.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Bake<'a> {
+    /// Another process makes what is needed; this one waits for it.
+    WaitingForAnother,
+    /// A guest boots, to be saved: once for this host, kernel, memory size and number of vCPUs.
+    BootingBase,
+    /// The image is mounted in a restored guest, to be saved.
+    BakingTemplate,
+    /// What is made is in the store; the machine is made from it next.
+    Done,
+    /// A snapshot in the store could not be used and is made anew.
+    Refused(&'a SnapshotError),
+    /// No snapshot can be made or used: the machine boots.
+    Impossible(&'a VmError),
+}
+
+/// Makes a machine from the template of its image, which is baked where there is none, or none that this host can use.
+pub(crate) async fn start(
+    builder: &VmBuilder,
+    snapshots: &Snapshots,
+) -> Result<(Monitor, RestoreTimes), VmError> {
+    let keys = Keys::of(builder, snapshots)?;
+    let template = bake::template(builder, snapshots, &keys, None).await?;
+    match restore::machine(builder, &template).await {
+        Err(VmError::Snapshot(error)) => {
+            builder.tell_bake(Bake::Refused(&error));
+            let template = bake::template(builder, snapshots, &keys, Some(&template.record)).await?;
+            // What was refused has no use any more; if it cannot be removed now, the next collection will.
+            let store = snapshots.store.clone();
+            let _ = crate::vm::boot::blocking(move || store.collect()).await;
+            restore::machine(builder, &template).await
+        }
+        outcome => outcome,
+    }
+}
+
+/// Makes sure that there is a template, and gives it a name.
+pub(crate) async fn bake(
+    builder: &VmBuilder,
+    snapshots: &Snapshots,
+    name: Option<String>,
+) -> Result<SnapshotRecord, VmError> {
+    let keys = Keys::of(builder, snapshots)?;
+    let Snapshot { record, .. } = bake::template(builder, snapshots, &keys, None).await?;
+    if name.is_none() || name == record.name {
+        return Ok(record);
+    }
+    let record = SnapshotRecord { name, ..record };
+    let session = snapshots.store.session().map_err(BakeError::Store)?;
+    session.put_snapshot(&record).map_err(BakeError::Store)?;
+    Ok(record)
+}

@@ -1,0 +1,297 @@
+//! Making snapshots: each once, whoever asks for it and how many do at once.
+
+use std::ffi::OsString;
+use std::time::{Duration, SystemTime};
+
+use kiln_control::SaveState;
+use kiln_protocol::{AGENT_PORT, Call, Park};
+use kiln_store::{
+    BakeLock, Draft, ObjectId, Session, Snapshot, SnapshotKind, SnapshotRecord, Store, StoreError,
+};
+use kiln_support::digest::Digest;
+use rustix::time::ClockId;
+
+use super::key::Keys;
+use super::restore::restore;
+use super::{Bake, BakeError, Snapshots};
+use crate::agent::{self, AgentError};
+use crate::disk::{Disk, Scratch, ScratchError};
+use crate::launch::Launch;
+use crate::monitor::{Monitor, MonitorError};
+use crate::vm::boot::{self, blocking, clock_ns};
+use crate::vm::{ExecBuilder, Phase, VmBuilder, VmError};
+
+/// How long the agent may take to freeze what runs, write out what is dirty, and park.
+const PARK_LIMIT: Duration = Duration::from_mins(5);
+/// The host name of guests that nobody sees.
+const HOSTNAME: &str = "kiln";
+/// How much of what a failed warm-up wrote is shown, in bytes.
+const WARMUP_TAIL_BYTES: usize = 2000;
+
+/// The template of the builder's image, baked when the store does not have it, or only `refused`.
+pub(super) async fn template(
+    builder: &VmBuilder,
+    snapshots: &Snapshots,
+    keys: &Keys,
+    refused: Option<&SnapshotRecord>,
+) -> Result<Snapshot, VmError> {
+    let store = &snapshots.store;
+    let _lock = match find_or_lock(builder, store, &keys.template, refused).await? {
+        Found::Snapshot(snapshot) => return Ok(*snapshot),
+        Found::Lock(lock) => lock,
+    };
+    let base = base(builder, store, &keys.base, None).await?;
+    let baked = match bake_template(builder, snapshots, keys, &base).await {
+        Err(VmError::Snapshot(error)) => {
+            builder.tell_bake(Bake::Refused(&error));
+            let base = self::base(builder, store, &keys.base, Some(&base.record)).await?;
+            bake_template(builder, snapshots, keys, &base).await
+        }
+        outcome => outcome,
+    }?;
+    builder.tell(Phase::TemplateBaked, clock_ns(ClockId::Monotonic));
+    builder.tell_bake(Bake::Done);
+    Ok(baked)
+}
+
+/// The base that templates of this shape are made from, likewise.
+async fn base(
+    builder: &VmBuilder,
+    store: &Store,
+    key: &Digest,
+    refused: Option<&SnapshotRecord>,
+) -> Result<Snapshot, VmError> {
+    let _lock = match find_or_lock(builder, store, key, refused).await? {
+        Found::Snapshot(snapshot) => return Ok(*snapshot),
+        Found::Lock(lock) => lock,
+    };
+    builder.tell_bake(Bake::BootingBase);
+    let baked = bake_base(builder, store, key).await?;
+    builder.tell(Phase::BaseBaked, clock_ns(ClockId::Monotonic));
+    Ok(baked)
+}
+
+/// What there is, or the right to make it.
+enum Found {
+    Snapshot(Box<Snapshot>),
+    Lock(BakeLock),
+}
+
+async fn find_or_lock(
+    builder: &VmBuilder,
+    store: &Store,
+    key: &Digest,
+    refused: Option<&SnapshotRecord>,
+) -> Result<Found, VmError> {
+    if let Some(found) = find(store, key, refused)? {
+        return Ok(Found::Snapshot(Box::new(found)));
+    }
+    let lock = if let Some(lock) = store.try_bake_lock(key).map_err(BakeError::Store)? {
+        lock
+    } else {
+        builder.tell_bake(Bake::WaitingForAnother);
+        let (store, key) = (store.clone(), *key);
+        blocking(move || store.bake_lock(&key)).await.map_err(BakeError::Store)?
+    };
+    // Who had the lock before may have made it.
+    Ok(match find(store, key, refused)? {
+        Some(found) => Found::Snapshot(Box::new(found)),
+        None => Found::Lock(lock),
+    })
+}
+
+/// The snapshot with this key, unless it is the one that was refused.
+fn find(
+    store: &Store,
+    key: &Digest,
+    refused: Option<&SnapshotRecord>,
+) -> Result<Option<Snapshot>, BakeError> {
+    match store.open_snapshot(key) {
+        Ok(found) => Ok(found.filter(|found| Some(&found.record) != refused)),
+        // A record that cannot be read stands for nothing: it is written anew.
+        Err(StoreError::Damaged { .. }) => Ok(None),
+        Err(error) => Err(BakeError::Store(error)),
+    }
+}
+
+/// Boots a guest with disks that nothing is behind, and saves it.
+async fn bake_base(builder: &VmBuilder, store: &Store, key: &Digest) -> Result<Snapshot, VmError> {
+    let session = store.session().map_err(BakeError::Store)?;
+    let (kernel, initramfs) = builder.guest.digests().map_err(|source| BakeError::Host {
+        action: "read",
+        what: "the guest's kernel and initramfs".into(),
+        source,
+    })?;
+    let disks = [Disk::placeholder(true), Disk::placeholder(false)];
+    let (monitor, _) = boot::boot(builder, &[&disks[0], &disks[1]], |_, _| {}).await?;
+    let record = Recipe { key: *key, kind: SnapshotKind::Base, kernel, initramfs };
+    let record = save(builder, &session, monitor, record).await?;
+    finish(&session, &record)
+}
+
+/// Restores the base with the image's disk, makes it ready for commands, runs the warm-ups, and saves it.
+async fn bake_template(
+    builder: &VmBuilder,
+    snapshots: &Snapshots,
+    keys: &Keys,
+    base: &Snapshot,
+) -> Result<Snapshot, VmError> {
+    builder.tell_bake(Bake::BakingTemplate);
+    let session = snapshots.store.session().map_err(BakeError::Store)?;
+    let (draft, scratch) = scratch(builder, &session).await?;
+    let monitor = builder.spawn_monitor()?;
+    let (monitor, _) =
+        restore(builder, monitor, base, &[&builder.root, &scratch], HOSTNAME, |_, _| {}).await?;
+    let monitor = boot::set_up(monitor, builder.setup(), HOSTNAME).await?;
+    for command in &builder.warmups {
+        warm_up(&monitor, command).await?;
+    }
+    let recipe = Recipe {
+        key: keys.template,
+        kind: SnapshotKind::Template,
+        kernel: base.record.kernel,
+        initramfs: base.record.initramfs,
+    };
+    let record = save(builder, &session, monitor, recipe).await?;
+    let scratch = match draft {
+        // The monitor is gone, and with it everybody who could write to the disk.
+        Some(draft) => Some(blocking(move || draft.adopt()).await.map_err(BakeError::Store)?),
+        None => None,
+    };
+    finish(&session, &SnapshotRecord { scratch, image: Some(snapshots.image.clone()), ..record })
+}
+
+/// Puts the record, after all it names, and opens what it stands for while the session still keeps it.
+fn finish(session: &Session, record: &SnapshotRecord) -> Result<Snapshot, VmError> {
+    session.put_snapshot(record).map_err(BakeError::Store)?;
+    let opened = session.store().open_snapshot(&record.key).map_err(BakeError::Store)?;
+    let missing = || StoreError::Missing { what: format!("snapshot {}", record.key) };
+    Ok(opened.ok_or_else(missing).map_err(BakeError::Store)?)
+}
+
+/// The scratch disk of a guest to be saved, and the file of it that becomes an object.
+async fn scratch(builder: &VmBuilder, session: &Session) -> Result<(Option<Draft>, Disk), VmError> {
+    let Scratch::Disk { folder, size_bytes } = &builder.scratch else {
+        return Ok((None, Disk::placeholder(false)));
+    };
+    let draft = session.new_draft().map_err(BakeError::Store)?;
+    let file = draft.file().try_clone();
+    let file = file.map_err(|source| ScratchError::File { folder: folder.clone(), source })?;
+    let size_bytes = *size_bytes;
+    let formatted = blocking(move || kiln_rootfs::scratch(&file, size_bytes).map(|()| file)).await;
+    let file = formatted.map_err(ScratchError::from)?;
+    Ok((Some(draft), Disk::writable(file, size_bytes)))
+}
+
+async fn warm_up(monitor: &Monitor, command: &Launch) -> Result<(), VmError> {
+    let shown = || {
+        let words: Vec<_> = command.argv.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        format!("'{}'", words.join(" "))
+    };
+    let argv: Vec<OsString> = command.argv.clone();
+    let exec = ExecBuilder::new(monitor, argv)
+        .env(command.env.iter())
+        .cwd(&command.workdir)
+        .user(&command.user)
+        .for_warm_up();
+    let output = exec
+        .output()
+        .await
+        .map_err(|source| BakeError::Warmup { command: shown(), source: Box::new(source) })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = [output.stdout, output.stderr].concat();
+    let tail = String::from_utf8_lossy(&said[said.len().saturating_sub(WARMUP_TAIL_BYTES)..]).into_owned();
+    Err(BakeError::WarmupFailed { command: shown(), status: output.status, output: tail }.into())
+}
+
+/// What a record says that saving does not find out.
+struct Recipe {
+    key: Digest,
+    kind: SnapshotKind,
+    kernel: Digest,
+    initramfs: Digest,
+}
+
+/// Parks a guest, saves it, and ends its machine. What is saved is in the store then, and the record of it is not.
+async fn save(
+    builder: &VmBuilder,
+    session: &Session,
+    monitor: Monitor,
+    recipe: Recipe,
+) -> Result<SnapshotRecord, VmError> {
+    let monitor = park(monitor).await?;
+    let written = write(session, &monitor, &recipe).await;
+    // It is waited for either way: while it lives, it keeps the files it was given, and their room.
+    monitor.stop().await;
+    let (memory, state) = written?;
+    let Recipe { key, kind, kernel, initramfs } = recipe;
+    Ok(SnapshotRecord {
+        key,
+        kind,
+        name: None,
+        image: None,
+        memory,
+        state,
+        scratch: None,
+        memory_mib: builder.memory_mib,
+        vcpus: builder.vcpus,
+        kernel,
+        initramfs,
+        created_unix_s: SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs()),
+    })
+}
+
+/// Writes a parked guest to the store: its memory, and its state, which names the memory.
+async fn write(
+    session: &Session,
+    monitor: &Monitor,
+    recipe: &Recipe,
+) -> Result<(ObjectId, Digest), BakeError> {
+    let memory = session.new_draft().map_err(BakeError::Store)?;
+    monitor.save_memory(memory.file()).await.map_err(BakeError::Save)?;
+    let memory = blocking(move || memory.adopt()).await.map_err(BakeError::Store)?;
+    let state = session.new_draft().map_err(BakeError::Store)?;
+    let bytes = |digest: &Digest| digest.as_bytes().to_vec();
+    let order = SaveState {
+        kernel: bytes(&recipe.kernel),
+        initramfs: bytes(&recipe.initramfs),
+        memory: bytes(&memory.0),
+    };
+    monitor.save_state(order, state.file()).await.map_err(BakeError::Save)?;
+    let state = blocking(move || state.adopt_as_blob()).await.map_err(BakeError::Store)?;
+    Ok((memory, state))
+}
+
+/// Has the agent park. The ring is the answer; a reply says why there will be none.
+async fn park(monitor: Monitor) -> Result<Monitor, VmError> {
+    let refusal = async {
+        let stream = monitor.connect(AGENT_PORT).await?;
+        match agent::ask(stream, Call::Park(Park {})).await {
+            Err(error @ (AgentError::Refused { .. } | AgentError::Broken(_))) => Ok(error),
+            Ok(_) => Ok(AgentError::Broken("a reply to one who asked it to park")),
+            // The connection goes when the agent parks, and when the machine ends.
+            Err(_) => std::future::pending().await,
+        }
+    };
+    let parking = async {
+        tokio::select! {
+            biased;
+            parked = monitor.parked() => parked.map_err(|error| match error {
+                MonitorError::Ended(end) => BakeError::NotParked(end),
+                other => BakeError::Save(other),
+            }),
+            refusal = refusal => Err(refusal.map_or_else(BakeError::Save, BakeError::Park)),
+        }
+    };
+    match tokio::time::timeout(PARK_LIMIT, parking).await {
+        Ok(parked) => {
+            parked?;
+            Ok(monitor)
+        }
+        Err(_) => Err(BakeError::ParkOverdue(monitor.stop().await).into()),
+    }
+}

@@ -1,0 +1,140 @@
+//! What can go wrong with snapshots.
+
+use std::io;
+use std::sync::Arc;
+
+use kiln_snapshot::LoadError;
+use kiln_store::StoreError;
+
+use crate::agent::{AgentError, ExitStatus};
+use crate::monitor::{MachineEnd, MonitorError};
+use crate::{Blame, ExecError};
+
+/// Why a snapshot that is in the store could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// It does not match its digests.
+    #[error("the snapshot is damaged")]
+    Damaged(#[from] LoadError),
+    /// Its state is not that of the machine its record says.
+    #[error("the snapshot is damaged: its state is another machine's")]
+    Mixed,
+    /// The monitor refused it, or its guest did not live long enough to take on its identity.
+    #[error("the snapshot cannot be restored")]
+    Refused(#[source] Arc<MachineEnd>),
+    /// The guest did not take on its identity in time.
+    #[error("the guest of the snapshot did not answer in time")]
+    Overdue(MachineEnd),
+}
+
+impl SnapshotError {
+    /// Whose fault this is.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Damaged(_) | Self::Mixed => Blame::Host,
+            Self::Refused(end) => end.blame(),
+            Self::Overdue(_) => Blame::Guest,
+        }
+    }
+
+    /// How the machine ended, when that is what went wrong.
+    pub fn machine_end(&self) -> Option<&MachineEnd> {
+        match self {
+            Self::Damaged(_) | Self::Mixed => None,
+            Self::Refused(end) => Some(end),
+            Self::Overdue(end) => Some(end),
+        }
+    }
+}
+
+/// Why no snapshot could be made, although its machine came up.
+#[derive(Debug, thiserror::Error)]
+pub enum BakeError {
+    /// The agent refused to park: on kernels of a user's own, for one, that do not let it reach its doorbell.
+    #[error("the guest cannot be saved")]
+    Park(#[source] AgentError),
+    /// The machine ended instead of parking.
+    #[error("the guest did not park")]
+    NotParked(#[source] Arc<MachineEnd>),
+    /// The agent did not park in time.
+    #[error("the guest did not park in time")]
+    ParkOverdue(MachineEnd),
+    /// The monitor could not write the machine to its files.
+    #[error("cannot save the guest")]
+    Save(#[source] MonitorError),
+    /// The store could not take it.
+    #[error(transparent)]
+    Store(StoreError),
+    /// A warm-up command could not run.
+    #[error("cannot run the warm-up command {command}")]
+    Warmup {
+        /// The command.
+        command: String,
+        /// Why not.
+        #[source]
+        source: Box<ExecError>,
+    },
+    /// A warm-up command failed.
+    #[error("the warm-up command {command} {}: {output}", ended(*status))]
+    WarmupFailed {
+        /// The command.
+        command: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// The last of what it wrote.
+        output: String,
+    },
+    /// The host name is none that a restored guest can be given.
+    #[error("'{0}' is not a host name")]
+    Hostname(String),
+    /// Something of the host could not be read that decides which snapshot fits.
+    #[error("cannot {action} {what}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        what: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn ended(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("ended with code {code}"),
+        (None, Some(signal)) => format!("was ended by {}", crate::signal::name(signal)),
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+impl BakeError {
+    /// Whose fault this is.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Park(error) => error.blame(),
+            Self::NotParked(end) => end.blame(),
+            Self::ParkOverdue(_) => Blame::Guest,
+            Self::Save(_) | Self::Store(_) | Self::Host { .. } => Blame::Host,
+            Self::Warmup { source, .. } => source.blame(),
+            Self::WarmupFailed { .. } | Self::Hostname(_) => Blame::Caller,
+        }
+    }
+
+    /// How the machine ended, when that is what went wrong.
+    pub fn machine_end(&self) -> Option<&MachineEnd> {
+        match self {
+            Self::NotParked(end)
+            | Self::Park(AgentError::MachineEnded(end))
+            | Self::Save(MonitorError::Ended(end)) => Some(end),
+            Self::ParkOverdue(end) => Some(end),
+            Self::Warmup { source, .. } => source.machine_end(),
+            _ => None,
+        }
+    }
+
+    /// True when the host is short of something that saving takes and booting does not.
+    pub fn is_hosts(&self) -> bool {
+        self.blame() == Blame::Host
+    }
+}

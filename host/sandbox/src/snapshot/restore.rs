@@ -1,0 +1,164 @@
+//! A machine made from a snapshot.
+
+use std::io::{self, BufReader, Seek};
+use std::time::Duration;
+
+use kiln_control::Restore;
+use kiln_protocol::mailbox::{Generation, HOSTNAME_BYTES_MAX};
+use kiln_snapshot::{Header, LoadError};
+use kiln_store::{Snapshot, SnapshotRecord, Store, StoreError};
+use rustix::time::ClockId;
+
+use super::{BakeError, SnapshotError};
+use crate::disk::{self, Descriptors, Disk, Scratch};
+use crate::monitor::{Monitor, MonitorError, RestoreTimes};
+use crate::vm::boot::{blocking, check_fit, clock_ns, random};
+use crate::vm::{GUEST_CID, Phase, VmBuilder, VmError};
+
+/// How long a restored guest may take until it has its identity: milliseconds, but for a host with too much to do.
+const ADOPT_LIMIT: Duration = Duration::from_mins(2);
+
+/// Makes the machine that the builder describes from the template it is to be made from.
+pub(super) async fn machine(
+    builder: &VmBuilder,
+    template: &Snapshot,
+) -> Result<(Monitor, RestoreTimes), VmError> {
+    // The process starts while the disk is copied.
+    let monitor = builder.spawn_monitor()?;
+    let scratch = match (&builder.scratch, &template.scratch) {
+        (Scratch::Disk { folder, size_bytes }, Some(from)) => {
+            let (folder, size_bytes) = (folder.clone(), *size_bytes);
+            let from = from.try_clone().map_err(|source| host("open", "the snapshot's disk", source))?;
+            blocking(move || disk::scratch_copy(&folder, &from, size_bytes)).await?
+        }
+        (Scratch::Disk { .. }, None) => return Err(SnapshotError::Mixed.into()),
+        (Scratch::Memory | Scratch::ReadOnly, _) => Disk::placeholder(false),
+    };
+    let hostname = builder.hostname_for_guest();
+    restore(builder, monitor, template, &[&builder.root, &scratch], hostname, |phase, at| {
+        builder.tell(phase, at);
+    })
+    .await
+}
+
+/// Has a monitor make the machine of a snapshot, with these disks, and waits until it is the one it is to be.
+pub(super) async fn restore(
+    builder: &VmBuilder,
+    monitor: Monitor,
+    snapshot: &Snapshot,
+    disks: &[&Disk],
+    hostname: &str,
+    tell: impl Fn(Phase, u64),
+) -> Result<(Monitor, RestoreTimes), VmError> {
+    check_header(snapshot)?;
+    let mut descriptors = Descriptors::default();
+    let order = Restore {
+        state_fd: descriptors.add(&snapshot.state),
+        memory_fd: descriptors.add(&snapshot.memory),
+        disks: disk::describe(disks, &mut descriptors),
+        console_fd: builder.console.as_ref().map(|console| descriptors.add(console)),
+        cid: GUEST_CID,
+        generation: generation(hostname)?.encode().to_vec(),
+    };
+    check_fit(&descriptors)?;
+    let coming_up = async {
+        monitor.restore(order, descriptors.as_slice()).await?;
+        let times = monitor.entered().await?;
+        tell(Phase::MonitorSpawned, times.spawned_ns);
+        tell(Phase::Entered, times.entered_ns);
+        tell(Phase::Resumed, monitor.resumed().await?.resumed_ns);
+        let times = monitor.adopted().await?;
+        tell(Phase::Adopted, times.adopted_ns);
+        Ok(times)
+    };
+    match tokio::time::timeout(ADOPT_LIMIT, coming_up).await {
+        Ok(Ok(times)) => Ok((monitor, times)),
+        Ok(Err(MonitorError::Ended(end))) => Err(SnapshotError::Refused(end).into()),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(SnapshotError::Overdue(monitor.stop().await).into()),
+    }
+}
+
+/// Refuses a state that is not that of the record it is found by; the rest of it is the monitor's to check.
+fn check_header(snapshot: &Snapshot) -> Result<(), VmError> {
+    let mut state = &snapshot.state;
+    let read = state.rewind().map_err(LoadError::Read).and_then(|()| kiln_snapshot::read_header(&mut state));
+    let rewound = state.rewind().map_err(LoadError::Read);
+    let header = read.and_then(|header| rewound.map(|()| header)).map_err(SnapshotError::Damaged)?;
+    if is_of(&header, &snapshot.record) { Ok(()) } else { Err(SnapshotError::Mixed.into()) }
+}
+
+fn is_of(header: &Header, record: &SnapshotRecord) -> bool {
+    header.memory == record.memory.0
+        && header.memory_bytes == u64::from(record.memory_mib) << 20
+        && header.vcpus == record.vcpus
+        && header.kernel == record.kernel
+        && header.initramfs == record.initramfs
+}
+
+/// Who a restored guest becomes. The monitor fills in the clock when it enters the guest.
+fn generation(hostname: &str) -> Result<Generation, VmError> {
+    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+    if hostname.is_empty() || hostname.len() > HOSTNAME_BYTES_MAX || !hostname.bytes().all(is_good) {
+        return Err(BakeError::Hostname(hostname.to_owned()).into());
+    }
+    Ok(Generation {
+        // All zeros, one in 2^128, would be no mail.
+        id: random()?,
+        realtime_ns: clock_ns(ClockId::Realtime),
+        entropy: random()?,
+        machine_id: random_uuid()?,
+        boot_id: random_uuid()?,
+        hostname: hostname.to_owned(),
+    })
+}
+
+/// A random UUID. RFC 9562 §5.4 "UUID Version 4"; machine-id(5) asks for one too.
+fn random_uuid() -> Result<[u8; 16], VmError> {
+    let mut bytes: [u8; 16] = random()?;
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Ok(bytes)
+}
+
+/// Checks every byte of a snapshot: its memory, its disk, its state. Cost: reading and hashing all of it. Blocks.
+///
+/// # Errors
+/// What is damaged or missing.
+pub fn verify(store: &Store, record: &SnapshotRecord) -> Result<(), VmError> {
+    for id in record.objects() {
+        store.object(id).and_then(|object| object.verify()).map_err(BakeError::Store)?;
+    }
+    let state = store.blob(&record.state).map_err(BakeError::Store)?;
+    let missing = || StoreError::Missing { what: format!("the state of snapshot {}", record.key) };
+    let state = state.ok_or_else(missing).map_err(BakeError::Store)?;
+    let (header, _) =
+        kiln_snapshot::read(&mut BufReader::new(state.as_slice())).map_err(SnapshotError::Damaged)?;
+    if is_of(&header, record) { Ok(()) } else { Err(SnapshotError::Mixed.into()) }
+}
+
+fn host(action: &'static str, what: &str, source: io::Error) -> BakeError {
+    BakeError::Host { action, what: what.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_generation_is_another() {
+        let [one, two] = [(); 2].map(|()| generation("box-1").expect("random bytes"));
+        assert_ne!(one.id, two.id);
+        assert_ne!(one.entropy, two.entropy);
+        assert_ne!(one.machine_id, two.machine_id);
+        assert_ne!(one.boot_id, two.boot_id);
+        assert_eq!(Generation::decode(&one.encode()), Some(one));
+    }
+
+    #[test]
+    fn a_name_that_a_mailbox_cannot_carry_is_refused() {
+        for bad in ["", "a b", "ä", &"a".repeat(HOSTNAME_BYTES_MAX + 1)] {
+            assert!(matches!(generation(bad), Err(VmError::Bake(BakeError::Hostname(_)))), "{bad}");
+        }
+    }
+}
