@@ -12,11 +12,12 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use kiln_hypervisor::Kvm;
 use kiln_protocol::frame::{self, Kind};
 use kiln_protocol::mailbox::Generation;
-use kiln_protocol::{AGENT_PORT, Call, Hello, Park, Request, power};
+use kiln_protocol::{AGENT_PORT, Call, Hello, Outcome, Park, Reply, Request, Welcome, power};
 use kiln_snapshot::Header;
 use kiln_support::digest::Digest;
 use kiln_virtio::{Device, Rng, Vsock, VsockPorts};
 use kiln_vmm::{Console, Machine, MachineState, Notice, Observer, Paused, Shape, Shell, boot};
+use prost::Message as _;
 use rustix::fs::{MemfdFlags, SealFlags};
 
 /// How long a guest may take to boot or to answer. It stops a test that hangs.
@@ -142,7 +143,7 @@ impl Guest {
     ///
     /// # Errors
     /// When there is no answer, or not one to this question.
-    pub fn hello(&self) -> Result<()> {
+    pub fn hello(&self) -> Result<Welcome> {
         let mut ours = self.ask(Call::Hello(Hello {}))?;
         let mut header = [0; frame::HEADER_BYTES];
         ours.read_exact(&mut header)
@@ -150,10 +151,11 @@ impl Guest {
         let (kind, bytes) = frame::parse_header(header)?;
         let mut reply = vec![0; bytes];
         ours.read_exact(&mut reply)?;
-        if kind != Kind::Reply {
-            bail!("a frame of kind {kind:?} where the agent's reply should be");
+        let reply = (kind == Kind::Reply).then(|| Reply::decode(&reply[..])).transpose()?;
+        match reply.and_then(|reply| reply.outcome) {
+            Some(Outcome::Welcome(welcome)) => Ok(welcome),
+            other => bail!("{other:?} where the agent's reply should be"),
         }
-        Ok(())
     }
 
     /// Pauses the guest, saves it, and lets it go on.

@@ -18,6 +18,7 @@
 
 use alloc::ffi::CString;
 use alloc::string::{String, ToString as _};
+use alloc::vec;
 use alloc::vec::Vec;
 
 use kiln_protocol::frame::{self, Kind, ToAgent};
@@ -26,6 +27,7 @@ use kiln_protocol::{Call, Done, Exec, Failed, Outcome, PowerOff, Setup, Started,
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
+use rustix::rand::GetRandomFlags;
 use rustix::time::Timespec;
 
 use crate::adopt::{Moment, Rate, adopt};
@@ -37,10 +39,12 @@ use crate::listen::Listener;
 use crate::power::{Power, Taken};
 use crate::session::{Registrar, Session, Violation, one_shot};
 use crate::workload::{Place, Workload};
-use crate::{hooks, mounts};
+use crate::{hooks, mounts, sys};
 
 /// The most connections at a time; one more is closed at once.
 const MAX_CONNECTIONS: usize = 64;
+/// The random bytes that tell one guest from another.
+const RANDOM_BYTES: usize = 32;
 /// The most events taken at a time.
 const MAX_EVENTS: usize = 32;
 /// The longest a power-off waits for processes before it kills them.
@@ -357,7 +361,7 @@ impl<'a> Agent<'a> {
 
     fn call(&mut self, slot: usize, connection: &mut Connection, call: Call) {
         let outcome = match call {
-            Call::Hello(_) => Ok(Outcome::Welcome(welcome())),
+            Call::Hello(_) => Ok(Outcome::Welcome(self.welcome())),
             Call::Setup(setup) => self.set_up(&setup).map(|()| Outcome::Done(Done {})),
             Call::Exec(exec) => self.exec(slot, exec).map(|(session, pid)| {
                 connection.stage = Stage::Running(session);
@@ -378,6 +382,24 @@ impl<'a> Agent<'a> {
             },
         };
         connection.answer(outcome.unwrap_or_else(Outcome::Failed));
+    }
+
+    fn welcome(&self) -> Welcome {
+        let system = rustix::system::uname();
+        let mut random = vec![0; RANDOM_BYTES];
+        if rustix::rand::getrandom(&mut random[..], GetRandomFlags::NONBLOCK) != Ok(RANDOM_BYTES) {
+            // Not seeded yet: better nothing than what others may have too.
+            random.clear();
+        }
+        Welcome {
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            kernel: system.release().to_string_lossy().to_string(),
+            generation: self.life.as_ref().map_or(0, |life| life.counter),
+            hostname: system.nodename().to_string_lossy().to_string(),
+            realtime_ns: sys::realtime_ns(),
+            monotonic_ns: sys::monotonic_ns(),
+            random,
+        }
     }
 
     fn set_up(&mut self, setup: &Setup) -> Result<(), Failed> {
@@ -410,8 +432,8 @@ impl<'a> Agent<'a> {
         match Session::new(running, timeout_ms, &registrar) {
             Ok(session) => Ok((session, pid)),
             Err((running, error)) => {
-                let _ = crate::sys::signal(running.child.pid, !running.is_first, crate::workload::SIGKILL);
-                let _ = crate::sys::reap(running.child.pid, true);
+                let _ = sys::signal(running.child.pid, !running.is_first, crate::workload::SIGKILL);
+                let _ = sys::reap(running.child.pid, true);
                 if running.is_first {
                     workload.first_has_ended();
                 }
@@ -562,9 +584,4 @@ fn first_process(connections: &[Option<Connection>]) -> Option<BorrowedFd<'_>> {
         }
         _ => None,
     })
-}
-
-fn welcome() -> Welcome {
-    let kernel = rustix::system::uname().release().to_string_lossy().to_string();
-    Welcome { version: env!("CARGO_PKG_VERSION").to_string(), kernel }
 }

@@ -17,7 +17,7 @@ mod read;
 mod vsock;
 
 pub use child::{Child, END_WITH_ORPHANS, Ended, Failure, Stage, Start, reap, signal, start, start_reaper};
-pub use clock::{monotonic_ns, ticks};
+pub use clock::{monotonic_ns, realtime_ns, ticks};
 pub use console::say;
 pub use heap::Heap;
 pub use page::{Mail, Mailbox, PowerPage, notice, wipe};

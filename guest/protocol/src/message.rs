@@ -179,6 +179,21 @@ pub struct Welcome {
     /// The guest kernel's release.
     #[prost(string, tag = "2")]
     pub kernel: String,
+    /// How often the guest has been restored and become another.
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
+    /// The guest's host name.
+    #[prost(string, tag = "4")]
+    pub hostname: String,
+    /// The guest's wall clock, in nanoseconds since 1970-01-01 UTC.
+    #[prost(uint64, tag = "5")]
+    pub realtime_ns: u64,
+    /// The guest's `CLOCK_MONOTONIC`, in nanoseconds.
+    #[prost(uint64, tag = "6")]
+    pub monotonic_ns: u64,
+    /// 32 bytes fresh from the guest kernel's random number generator: no two guests, and no two answers, have the same.
+    #[prost(bytes = "vec", tag = "7")]
+    pub random: Vec<u8>,
 }
 
 /// Why a request was refused.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod clones;
 mod config;
 mod disk;
 mod exit;

@@ -1,0 +1,84 @@
+//! Many guests of one snapshot: no two are alike, and none lives in the past.
+
+use std::collections::HashSet;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kiln_protocol::mailbox::Generation;
+use kiln_testkit::guest::{Guest, Saved};
+use kiln_tests::from_environment;
+
+/// How many guests are made of one snapshot, unless `KILN_CLONES` says otherwise.
+const CLONES: u64 = 1000;
+/// How far from the host's a clone's clock may be.
+const CLOCK_TOLERANCE_NS: u64 = 50_000_000;
+
+fn generation(clone: u64) -> Generation {
+    let mut id = [0xc1; 16];
+    id[..8].copy_from_slice(&(clone + 1).to_le_bytes());
+    let mut entropy = [0; 64];
+    getrandom::fill(&mut entropy).expect("random bytes");
+    let hostname = format!("clone-{clone}");
+    Generation { id, realtime_ns: 0, entropy, machine_id: id, boot_id: id, hostname }
+}
+
+fn realtime_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_nanos() as u64
+}
+
+/// What clones have shown that no two may have in common.
+#[derive(Default)]
+struct Seen {
+    random: HashSet<Vec<u8>>,
+}
+
+impl Seen {
+    /// Makes a guest of `saved` and looks at it.
+    fn claim(&mut self, saved: &Saved, clone: u64, asleep_at_ns: u64, lives: u64) -> Guest {
+        let generation = generation(clone);
+        let (guest, _) = saved.claim(&generation).expect("it becomes another");
+        for _ in 0..2 {
+            let before = realtime_ns();
+            let welcome = guest.hello().expect("it answers");
+            let after = realtime_ns();
+            assert_eq!(welcome.hostname, generation.hostname);
+            assert_eq!(welcome.generation, lives);
+            let clock = welcome.realtime_ns;
+            assert!(
+                before - CLOCK_TOLERANCE_NS <= clock && clock <= after + CLOCK_TOLERANCE_NS,
+                "clone {clone} says {clock} between {before} and {after}"
+            );
+            assert!(welcome.monotonic_ns >= asleep_at_ns, "the monotonic clock of clone {clone} went back");
+            assert_eq!(welcome.random.len(), 32, "clone {clone} has no random numbers");
+            assert!(self.random.insert(welcome.random), "clone {clone} repeats what another guest had");
+        }
+        guest
+    }
+}
+
+#[test]
+fn a_thousand_clones_of_one_snapshot_are_all_different() {
+    let clones = std::env::var("KILN_CLONES").map_or(CLONES, |count| count.parse().expect("a number"));
+    let guest = Guest::boot(&from_environment("KILN_TEST_GUEST"), 128, 1).expect("it boots");
+    let asleep_at_ns = guest.hello().expect("it answers").monotonic_ns;
+    let saved = guest.park().expect("it parks").save().expect("saved");
+    let mut seen = Seen::default();
+    for clone in 0..clones {
+        seen.claim(&saved, clone, asleep_at_ns, 1);
+    }
+    assert_eq!(seen.random.len() as u64, 2 * clones);
+}
+
+/// Parked, saved and made another, again and again.
+#[test]
+fn a_chain_of_lives_goes_on() {
+    const LIVES: u64 = 12;
+    let guest = Guest::boot(&from_environment("KILN_TEST_GUEST"), 128, 2).expect("it boots");
+    let mut asleep_at_ns = guest.hello().expect("it answers").monotonic_ns;
+    let mut saved = guest.park().expect("it parks").save().expect("saved");
+    let mut seen = Seen::default();
+    for life in 0..LIVES {
+        let guest = seen.claim(&saved, life, asleep_at_ns, life + 1);
+        asleep_at_ns = guest.hello().expect("it answers").monotonic_ns;
+        saved = guest.park().expect("it parks").save().expect("saved");
+    }
+}
