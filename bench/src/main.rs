@@ -1,4 +1,4 @@
-//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|pull|rootfs|io [--runs N] [--json FILE]`.
+//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|pull|rootfs|io [--runs N] [--firecracker PROGRAM] [--json FILE]`.
 //!
 //! Both sides of a comparison are interleaved in one run, because machines are shared and noisy; each figure says what
 //! clock it is by its name. A missing input is a failure.
@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod firecracker;
 mod host;
 mod io;
 mod pull;
@@ -19,16 +20,18 @@ use anyhow::{Context as _, Result, bail};
 
 use report::Report;
 
-const USAGE: &str = "usage: cargo xtask bench boot|restore|pull|rootfs|io [--runs N] [--json FILE]";
+const USAGE: &str =
+    "usage: cargo xtask bench boot|restore|pull|rootfs|io [--runs N] [--firecracker PROGRAM] [--json FILE]";
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let name = args.next().context(USAGE)?;
-    let (mut runs, mut json) = (None, None);
+    let (mut runs, mut json, mut firecracker) = (None, None, None);
     while let Some(arg) = args.next() {
         let value = args.next().with_context(|| format!("{arg} needs a value\n{USAGE}"))?;
         match arg.as_str() {
             "--runs" => runs = Some(value.parse().context("--runs")?),
+            "--firecracker" => firecracker = Some(PathBuf::from(value)),
             "--json" => json = Some(PathBuf::from(value)),
             _ => bail!("unknown option {arg}\n{USAGE}"),
         }
@@ -36,7 +39,7 @@ fn main() -> Result<()> {
     let mut report = Report::new(&name);
     match name.as_str() {
         "boot" => boot::run(&mut report, runs.unwrap_or(20))?,
-        "restore" => restore::run(&mut report, runs.unwrap_or(50))?,
+        "restore" => restore::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "pull" => pull::run(&mut report, runs.unwrap_or(10))?,
         "rootfs" => rootfs::run(&mut report, runs.unwrap_or(10))?,
         "io" => io::run(&mut report, runs.unwrap_or(20))?,

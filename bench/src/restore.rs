@@ -1,18 +1,24 @@
-//! From a saved guest to its answer.
+//! From a saved guest to its answer: in this process, in a process of its own, and beside Firecracker.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use kiln::MonitorProgram;
+use kiln::monitor::{Monitor, Restore};
 use kiln_protocol::mailbox::Generation;
-use kiln_testkit::guest::Guest;
+use kiln_testkit::guest::{Guest, Saved};
 
+use crate::firecracker::Firecracker;
+use crate::kiln;
 use crate::report::Report;
 
 const MEMORY_MIB: u32 = 256;
 const VCPUS: u32 = 1;
 
-pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
+pub(crate) fn run(report: &mut Report, runs: usize, firecracker: Option<&Path>) -> Result<()> {
     let folder = std::env::var_os("KILN_TEST_GUEST").map(PathBuf::from);
     let folder = folder.context("KILN_TEST_GUEST is not set: benchmarks are run by `cargo xtask bench`")?;
     let start = Instant::now();
@@ -49,6 +55,79 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
         let pooled = took.state + took.resumed;
         report.add("claim with a shell at hand: memory, state, acknowledgement", "us", microseconds(pooled));
         drop(copy);
+    }
+    processes(report, runs, &parked, &folder, firecracker)
+}
+
+/// A process for each machine: ours and Firecracker's take turns.
+fn processes(
+    report: &mut Report,
+    runs: usize,
+    parked: &Saved,
+    guest: &Path,
+    firecracker: Option<&Path>,
+) -> Result<()> {
+    let place = tempfile::tempdir().context("a folder")?;
+    let files = parked.write_to(place.path())?;
+    let theirs = firecracker.map(|program| -> Result<Firecracker> {
+        let probe = std::env::var_os("KILN_PROBE").map(PathBuf::from).context("KILN_PROBE is not set")?;
+        let folder = place.path().join("firecracker");
+        std::fs::create_dir(&folder).context("a folder")?;
+        let theirs = Firecracker::prepare(program, &guest.join("vmlinux"), &probe, &folder, MEMORY_MIB)?;
+        report.add("Firecracker: full snapshot", "ms", theirs.snapshot_took.as_secs_f64() * 1e3);
+        Ok(theirs)
+    });
+    let theirs = theirs.transpose()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+    let program = MonitorProgram::at(kiln()?);
+    for cold in [false, true] {
+        let name = if cold { "files dropped from the page cache" } else { "files in the page cache" };
+        for run in 0..runs {
+            if cold {
+                drop_from_cache(&files)?;
+            }
+            let ours = runtime.block_on(claim_in_process(&program, &files, run as u64))?;
+            report.add(&format!("{name}: process spawned -> agent's acknowledgement"), "ms", ours);
+            if let Some(theirs) = &theirs {
+                if cold {
+                    drop_from_cache(&theirs.files())?;
+                }
+                let took = theirs.restore()?;
+                let ready = took.ready.as_secs_f64() * 1e3;
+                report.add(&format!("{name}: Firecracker spawned -> first port write"), "ms", ready);
+                report.add(
+                    &format!("{name}: Firecracker's load and resume"),
+                    "ms",
+                    took.load.as_secs_f64() * 1e3,
+                );
+                report.add(&format!("{name}: Firecracker's time over ours"), "x", ready / ours);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Starts a monitor, has it restore the snapshot, and waits until the guest has acknowledged its generation; in milliseconds.
+async fn claim_in_process(program: &MonitorProgram, files: &[PathBuf; 2], run: u64) -> Result<f64> {
+    let [state, memory] = files;
+    let files = [File::open(state).context("the state")?, File::open(memory).context("the memory")?];
+    let start = Instant::now();
+    let monitor = Monitor::spawn(program)?;
+    let generation = generation(run).encode().to_vec();
+    let order = Restore { state_fd: 0, memory_fd: 1, cid: 3, generation, ..Restore::default() };
+    monitor.restore(order, &[files[0].as_fd(), files[1].as_fd()]).await?;
+    monitor.resumed().await?;
+    let took = milliseconds(start);
+    monitor.stop().await;
+    Ok(took)
+}
+
+/// Has the host read the files from its disk the next time.
+fn drop_from_cache(files: &[PathBuf]) -> Result<()> {
+    for path in files {
+        let file = File::open(path).with_context(|| path.display().to_string())?;
+        file.sync_all().context("sync")?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).context("fadvise")?;
     }
     Ok(())
 }

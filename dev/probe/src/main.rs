@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+mod beat;
 mod listing;
 mod reading;
 mod registers;
@@ -27,6 +28,7 @@ usage: probe list DIR...      every file below, with all its metadata and the di
                               and prints how many nanoseconds it took
        probe registers PROCESSES YIELDS
                               so many processes keep values of their own in all vector registers while they take turns
+       probe beat             writes ! to the serial port, straight from user mode, every 100 us
        probe exit CODE
 ";
 
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         ["hold-registers", id, yields] => number(id)
             .and_then(|id| Ok((id, number(yields)?)))
             .and_then(|(id, yields)| registers::hold(id, yields)),
+        ["beat", ..] => beat::beat(),
         ["identity"] => identity(),
         ["exit", code] => return ExitCode::from(code.parse::<u8>().unwrap_or(1)),
         _ => {

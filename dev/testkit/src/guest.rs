@@ -4,12 +4,12 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use kiln_hypervisor::Kvm;
+use kiln_hypervisor::{Hypervisor as _, Kvm};
 use kiln_protocol::frame::{self, Kind};
 use kiln_protocol::mailbox::Generation;
 use kiln_protocol::{AGENT_PORT, Call, Hello, Outcome, Park, Reply, Request, Welcome, power};
@@ -202,6 +202,23 @@ impl Saved {
         let mut snapshot = Vec::new();
         kiln_snapshot::write(&header(&state), &state.to_sections(), &mut snapshot)?;
         Ok(Self { snapshot, memory, state_took, memory_took, memory_bytes })
+    }
+
+    /// Writes the snapshot as this host's monitor takes it: its state and its memory, in files of `folder`.
+    ///
+    /// # Errors
+    /// When the file system or KVM fails.
+    pub fn write_to(&self, folder: &Path) -> Result<[PathBuf; 2]> {
+        let (header, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
+        let cpu = kiln_vmm::cpu_class(&Kvm::open()?.supported_cpuid()?, kiln_vmm::is_pvm());
+        let paths = ["state", "memory"].map(|name| folder.join(name));
+        let [state, memory] = &paths;
+        kiln_snapshot::write(&Header { cpu, ..header }, &sections, &mut File::create(state)?)?;
+        kiln_support::sparse::copy(
+            &self.memory,
+            &File::options().read(true).write(true).create_new(true).open(memory)?,
+        )?;
+        Ok(paths)
     }
 
     /// A guest that goes on where this one was saved.

@@ -10,7 +10,7 @@ use std::path::Path;
 /// asynchronous page faults, steal time, most ticks, messages of the boot that nobody sees. Processors are started one
 /// after the other: started together, they spend the host's processors on waiting for each other. What takes seconds there
 /// is no stall.
-pub(crate) const PVM_COMMAND_LINE: &str = "interpreted cpuhp.parallel=0 rcupdate.rcu_cpu_stall_suppress=1";
+pub const PVM_COMMAND_LINE: &str = "interpreted cpuhp.parallel=0 rcupdate.rcu_cpu_stall_suppress=1";
 
 /// Whether KVM here runs without hardware virtualization (a PVM host): guest user mode runs natively, guest kernel mode
 /// in KVM's emulator.

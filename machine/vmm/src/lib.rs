@@ -31,7 +31,7 @@ pub use console::Console;
 pub use control::End;
 pub use cpuid::class as cpu_class;
 pub use devices::{DeviceError, DevicesState, IoapicState, SerialState};
-pub use host::is_pvm;
+pub use host::{PVM_COMMAND_LINE, is_pvm};
 pub use live::{LiveError, LiveState};
 pub use machine::{Machine, Notice, Observer, StartError};
 pub use paused::{MachineState, Paused, RestoreError, SaveError};

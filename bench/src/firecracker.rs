@@ -1,0 +1,176 @@
+//! Firecracker, for comparison: the same kernel, the same shape, its own snapshot.
+//!
+//! Its guest is a program that writes to the serial port from user mode, over and over: the first byte after a restore is the first
+//! sign of life, as early as any guest can give one.
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+/// What the guest needs to boot as Kiln's does; Firecracker adds its devices. Where guest kernels are emulated, only Kiln's monitor
+/// completes what saves vector registers.
+const COMMAND_LINE: &str = "console=ttyS0 quiet noxsave panic=-1 reboot=k pci=off acpi=off i8042.noaux i8042.nokbd 8250.nr_uarts=1 \
+                            random.trust_cpu=on noreplace-smp dummy.numdummies=0";
+const BEAT: u8 = b'!';
+/// How long a guest may take to its first beat.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// A snapshot of Firecracker's.
+pub(crate) struct Firecracker {
+    program: PathBuf,
+    place: PathBuf,
+    /// How long its full snapshot took.
+    pub(crate) snapshot_took: Duration,
+}
+
+/// Where the time of a restore went.
+pub(crate) struct Restored {
+    /// From before the process was started to the first beat.
+    pub(crate) ready: Duration,
+    /// The call that loads and resumes alone.
+    pub(crate) load: Duration,
+}
+
+/// A running process, and its end when dropped.
+struct Process {
+    child: Child,
+    stdout: ChildStdout,
+    socket: PathBuf,
+}
+
+impl Firecracker {
+    /// Boots a guest in Firecracker and takes its snapshot, in the folder `place`.
+    pub(crate) fn prepare(
+        program: &Path,
+        kernel: &Path,
+        probe: &Path,
+        place: &Path,
+        memory_mib: u32,
+    ) -> Result<Self> {
+        let initramfs = initramfs(probe, place)?;
+        let mut process = Process::start(program, place)?;
+        let more = if kiln_vmm::is_pvm() { kiln_vmm::PVM_COMMAND_LINE } else { "" };
+        let boot = serde_json::json!({
+            "kernel_image_path": kernel, "initrd_path": initramfs, "boot_args": format!("{COMMAND_LINE} {more} -- beat"),
+        });
+        process.call("PUT", "/boot-source", &boot)?;
+        let shape = serde_json::json!({ "vcpu_count": 1, "mem_size_mib": memory_mib });
+        process.call("PUT", "/machine-config", &shape)?;
+        process.call("PUT", "/actions", &serde_json::json!({ "action_type": "InstanceStart" }))?;
+        process.wait_for_beat().context("Firecracker's guest does not boot")?;
+        process.call("PATCH", "/vm", &serde_json::json!({ "state": "Paused" }))?;
+        let start = Instant::now();
+        let files = serde_json::json!({
+            "snapshot_type": "Full", "snapshot_path": place.join("state"), "mem_file_path": place.join("memory"),
+        });
+        process.call("PUT", "/snapshot/create", &files)?;
+        Ok(Self { program: program.into(), place: place.into(), snapshot_took: start.elapsed() })
+    }
+
+    /// Starts a process and has it restore the snapshot.
+    pub(crate) fn restore(&self) -> Result<Restored> {
+        let start = Instant::now();
+        let mut process = Process::start(&self.program, &self.place)?;
+        let load = Instant::now();
+        let order = serde_json::json!({
+            "snapshot_path": self.place.join("state"), "resume_vm": true,
+            "mem_backend": { "backend_type": "File", "backend_path": self.place.join("memory") },
+        });
+        process.call("PUT", "/snapshot/load", &order)?;
+        let loaded = load.elapsed();
+        process.wait_for_beat()?;
+        Ok(Restored { ready: start.elapsed(), load: loaded })
+    }
+
+    /// The files of the snapshot.
+    pub(crate) fn files(&self) -> [PathBuf; 2] {
+        ["state", "memory"].map(|name| self.place.join(name))
+    }
+}
+
+/// An initramfs with the probe as `/init`.
+fn initramfs(probe: &Path, place: &Path) -> Result<PathBuf> {
+    let root = place.join("root");
+    std::fs::create_dir_all(root.join("dev")).context("a folder")?;
+    std::fs::copy(probe, root.join("init")).context("the probe")?;
+    let archive = place.join("initramfs.cpio");
+    let out = std::fs::File::create(&archive).context("an archive")?;
+    let mut cpio = Command::new("cpio")
+        .args(["--create", "--format=newc", "--quiet"])
+        .current_dir(&root)
+        .stdin(Stdio::piped())
+        .stdout(out)
+        .spawn()
+        .context("cannot start cpio")?;
+    cpio.stdin.take().context("a pipe")?.write_all(b"dev\ninit\n").context("cpio")?;
+    if !cpio.wait().context("cpio")?.success() {
+        bail!("cpio failed");
+    }
+    Ok(archive)
+}
+
+impl Process {
+    fn start(program: &Path, place: &Path) -> Result<Self> {
+        let socket = place.join("socket");
+        let _ = std::fs::remove_file(&socket);
+        let mut child = Command::new(program)
+            .arg("--api-sock")
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start Firecracker")?;
+        let stdout = child.stdout.take().context("a pipe")?;
+        Ok(Self { child, stdout, socket })
+    }
+
+    /// Makes one call of the API. The socket is there when the process has come so far, which nothing tells but the attempt.
+    fn call(&self, method: &str, path: &str, body: &serde_json::Value) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        let mut stream = loop {
+            match UnixStream::connect(&self.socket) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > end => return Err(error).context("Firecracker's socket"),
+                Err(_) => std::thread::yield_now(),
+            }
+        };
+        let body = body.to_string();
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+        .context("Firecracker's socket")?;
+        let mut answer = [0; 4096];
+        let count = stream.read(&mut answer).context("Firecracker's answer")?;
+        let answer = String::from_utf8_lossy(&answer[..count]);
+        if !answer.starts_with("HTTP/1.1 20") {
+            bail!("{method} {path}: {answer}");
+        }
+        Ok(())
+    }
+
+    fn wait_for_beat(&mut self) -> Result<()> {
+        // Firecracker's own log comes the same way, and has none.
+        let mut bytes = [0; 4096];
+        loop {
+            match self.stdout.read(&mut bytes).context("Firecracker's output")? {
+                0 => bail!("Firecracker ended"),
+                count if bytes[..count].contains(&BEAT) => return Ok(()),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
