@@ -3,21 +3,35 @@
 use super::BootError;
 use crate::{host, layout};
 
-/// What every guest of Kiln is told.
+/// What every kernel is told.
 ///
-/// The serial port is the console. There is no PCI bus, no ACPI and no keyboard to look for. A panic ends in a reset at
-/// once, and a reset goes through the keyboard controller's port, which is one exit. The kernel does not patch itself for
-/// the number of its processors, and makes no network device that nobody asked for.
-const BASE: &str = "console=ttyS0 quiet panic=-1 reboot=k pci=off acpi=off i8042.noaux i8042.nokbd 8250.nr_uarts=1 \
-                    random.trust_cpu=on noreplace-smp dummy.numdummies=0";
+/// The serial port is the console. A panic ends in a reset at once, and a reset goes through the keyboard controller's
+/// port, which is one exit. The kernel does not patch itself for the number of its processors.
+///
+/// Each word costs a guest some 10,000 instructions, because it is compared with every parameter there is. So what Kiln's
+/// own kernel needs not be told is not here.
+const BASE: &str = "console=ttyS0 quiet panic=-1 reboot=k noreplace-smp";
+
+/// What a bzImage is told in addition: it is a distribution's kernel, made for machines that have a PCI bus, ACPI and a
+/// keyboard, and would look for them. A kernel with a PVH entry is made for virtual machines; one that looks all the same
+/// finds nothing.
+const FOR_A_PC: &str = "pci=off acpi=off i8042.noaux i8042.nokbd";
 
 /// The most bytes a command line may have; Linux on x86 keeps 2048 with the NUL (`COMMAND_LINE_SIZE`).
 pub const MAX_COMMAND_LINE_BYTES: usize = 2047;
 
-/// The whole line: what every guest is told, where its devices are, what this host needs, and at last `extra`.
-pub(super) fn build(virtio_devices: usize, on_pvm: bool, extra: &str) -> Result<CommandLine, BootError> {
+/// The whole line: what a kernel of its kind is told, where its devices are, what this host needs, and at last `extra`.
+pub(super) fn build(
+    virtio_devices: usize,
+    is_bzimage: bool,
+    on_pvm: bool,
+    extra: &str,
+) -> Result<CommandLine, BootError> {
     let mut line = CommandLine::default();
     line.push(BASE)?;
+    if is_bzimage {
+        line.push(FOR_A_PC)?;
+    }
     for (index, pin) in (0..).zip(layout::VIRTIO_PIN..).take(virtio_devices) {
         let at = layout::VIRTIO_START.0 + index * layout::WINDOW_BYTES;
         // Linux Documentation/admin-guide/kernel-parameters.txt, "virtio_mmio.device=".
@@ -96,20 +110,26 @@ mod tests {
 
     #[test]
     fn each_device_has_its_window_and_pin() {
-        let line = build(2, false, "x=1").expect("short");
+        let line = build(2, false, false, "x=1").expect("short");
         let end = "virtio_mmio.device=4K@0xd0001000:5 virtio_mmio.device=4K@0xd0002000:6 x=1";
         assert!(line.text.ends_with(end), "{}", line.text);
     }
 
     #[test]
     fn only_a_pvm_host_interprets() {
-        assert!(!build(0, false, "").expect("short").text.contains("interpreted"));
-        assert!(build(0, true, "").expect("short").text.contains("interpreted"));
+        assert!(!build(0, false, false, "").expect("short").text.contains("interpreted"));
+        assert!(build(0, false, true, "").expect("short").text.contains("interpreted"));
+    }
+
+    #[test]
+    fn only_a_bzimage_is_told_that_this_is_no_pc() {
+        assert!(!build(0, false, false, "").expect("short").text.contains("pci=off"));
+        assert!(build(0, true, false, "").expect("short").text.contains("pci=off"));
     }
 
     #[test]
     fn the_most_devices_leave_room_for_the_caller() {
-        build(layout::MAX_VIRTIO_DEVICES, true, &"x".repeat(512)).expect("fits");
+        build(layout::MAX_VIRTIO_DEVICES, true, true, &"x".repeat(512)).expect("fits");
     }
 
     #[test]

@@ -137,7 +137,8 @@ pub fn prepare(
     virtio_devices: usize,
     extra: &str,
 ) -> Result<EntryState, BootError> {
-    let command_line = command_line::build(virtio_devices, host::is_pvm(), extra)?;
+    let is_bzimage = matches!(kernel.entry, Entry::Linux64 { .. });
+    let command_line = command_line::build(virtio_devices, is_bzimage, host::is_pvm(), extra)?;
     let virtio_pins = (layout::VIRTIO_PIN..).take(virtio_devices);
     let pins: Vec<u8> = std::iter::once(layout::SERIAL_PIN).chain(virtio_pins).collect();
     let initramfs = match initramfs {
