@@ -86,8 +86,11 @@ fn processes(
             if cold {
                 drop_from_cache(&files)?;
             }
-            let ours = runtime.block_on(claim_in_process(&program, &files, run as u64))?;
+            let (ours, phases) = runtime.block_on(claim_in_process(&program, &files, run as u64))?;
             report.add(&format!("{name}: process spawned -> agent's acknowledgement"), "ms", ours);
+            for (phase, took_ms) in phases {
+                report.add(&format!("{name}:   {phase}"), "ms", took_ms);
+            }
             if let Some(theirs) = &theirs {
                 if cold {
                     drop_from_cache(&theirs.files())?;
@@ -107,19 +110,33 @@ fn processes(
     Ok(())
 }
 
-/// Starts a monitor, has it restore the snapshot, and waits until the guest has acknowledged its generation; in milliseconds.
-async fn claim_in_process(program: &MonitorProgram, files: &[PathBuf; 2], run: u64) -> Result<f64> {
+/// Starts a monitor, has it restore the snapshot, and waits until the guest has acknowledged its generation: how long that took in
+/// all, and its phases, in milliseconds.
+async fn claim_in_process(
+    program: &MonitorProgram,
+    files: &[PathBuf; 2],
+    run: u64,
+) -> Result<(f64, [(&'static str, f64); 5])> {
     let [state, memory] = files;
     let files = [File::open(state).context("the state")?, File::open(memory).context("the memory")?];
-    let start = Instant::now();
+    let (start, start_ns) = (Instant::now(), kiln_vmm::monotonic().0);
     let monitor = Monitor::spawn(program)?;
     let generation = generation(run).encode().to_vec();
     let order = Restore { state_fd: 0, memory_fd: 1, cid: 3, generation, ..Restore::default() };
     monitor.restore(order, &[files[0].as_fd(), files[1].as_fd()]).await?;
     monitor.resumed().await?;
-    let took = milliseconds(start);
+    let (took, end_ns) = (milliseconds(start), kiln_vmm::monotonic().0);
+    let times = monitor.entered().await?;
     monitor.stop().await;
-    Ok(took)
+    let between = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
+    let phases = [
+        ("spawned -> the monitor's first own act", between(start_ns, times.spawned_ns)),
+        ("-> the order has come", between(times.spawned_ns, times.ordered_ns)),
+        ("engine: -> vCPU in guest", between(times.ordered_ns, times.entered_ns)),
+        ("-> the agent's acknowledgement", between(times.entered_ns, times.resumed_ns)),
+        ("-> the host knows", between(times.resumed_ns, end_ns)),
+    ];
+    Ok((took, phases))
 }
 
 /// Has the host read the files from its disk the next time.

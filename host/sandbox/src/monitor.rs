@@ -6,7 +6,7 @@
 //!                                                     │  └──────resume──────┘
 //!             └────────────── Failed, or the process dies, from anywhere ────────┘
 //! ```
-//! The host holds one end of a `SOCK_SEQPACKET` pair and the monitor the other, as descriptor 3. Whoever drops a
+//! The host holds one end of a `SOCK_SEQPACKET` pair and the monitor the other, as its stdin. Whoever drops a
 //! [`Monitor`] ends the machine: the process is killed, and should the host itself be killed, the monitor reads the
 //! end of the channel and goes by itself.
 
@@ -24,8 +24,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use command_fds::{CommandFdExt, FdMapping};
-use kiln_control::{CONTROL_FD, ChannelError, Command, Connect, Do, Happened, Stop};
+use kiln_control::{ChannelError, Command, Connect, Do, Happened, Stop};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
@@ -114,7 +113,7 @@ pub enum MonitorError {
 impl Monitor {
     /// Starts a monitor process, which then waits for [`start`](Self::start).
     ///
-    /// It gets nothing of this process: descriptor 3 is its channel, stdin and stdout are `/dev/null`, stderr a pipe
+    /// It gets nothing of this process: stdin is its channel, stdout `/dev/null`, stderr a pipe
     /// whose last lines are kept for [`MachineEnd::Died`], and it is a process group of its own so that a Ctrl-C
     /// meant for its host does not reach it. Must be called within a tokio runtime.
     ///
@@ -141,12 +140,10 @@ impl Monitor {
         let mut command = std::process::Command::new(&program.path);
         command
             .arg0(MONITOR_NAME)
-            .stdin(Stdio::null())
+            .stdin(theirs)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
-            .process_group(0)
-            .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])
-            .map_err(|collision| spawn_error(io::Error::other(collision)))?;
+            .process_group(0);
         let mut command = tokio::process::Command::from(command);
         let mut child = command.kill_on_drop(true).spawn().map_err(spawn_error)?;
         // The command still holds the monitor's end; with it open here, the monitor's death would not be seen.

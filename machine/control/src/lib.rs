@@ -1,7 +1,7 @@
 //! The words spoken between a host process and the monitor of one virtual machine.
 //!
-//! A host process makes a `SOCK_SEQPACKET` pair, starts the monitor with one end as file descriptor
-//! [`CONTROL_FD`], and speaks one message a packet; files travel beside a message as descriptors (`SCM_RIGHTS`), so
+//! A host process makes a `SOCK_SEQPACKET` pair, starts the monitor with one end as its standard input, which is the
+//! one descriptor a process can be given without a fork of its host, and speaks one message a packet; files travel beside a message as descriptors (`SCM_RIGHTS`), so
 //! that the monitor never opens a path. The first packet is [`Start`], or [`Files`] that it needs. When the host's end closes, the monitor ends
 //! and its machine with it. The monitor trusts its host for intent, not for form: each packet is checked whole
 //! before anything is done.
@@ -13,8 +13,6 @@ mod message;
 pub use channel::{Channel, ChannelError};
 pub use message::*;
 
-/// The descriptor on which a monitor finds its end of the control channel.
-pub const CONTROL_FD: i32 = 3;
 /// The most bytes of one packet.
 pub const MAX_PACKET_BYTES: usize = 128 << 10;
 /// The most descriptors beside one packet; the kernel's own limit is 253 (`SCM_MAX_FD`).

@@ -50,7 +50,7 @@ const CONSOLE_TAIL_BYTES: usize = 16 << 10;
 /// What ends the program when it cannot even speak to its host.
 const EXIT_UNUSABLE: u8 = 125;
 
-/// Runs the monitor: with [`PROBE_ARGUMENT`], says what this host can do; otherwise serves the host on descriptor 3.
+/// Runs the monitor: with [`PROBE_ARGUMENT`], says what this host can do; otherwise serves the host on standard input.
 ///
 /// To be called first thing in `main`, when `argv[0]` is [`PROGRAM_NAME`].
 pub fn main() -> ExitCode {
