@@ -131,7 +131,8 @@ pub(crate) struct Run {
     /// Write the phases of the run with their times to a file, one JSON object a line
     #[arg(long, value_name = "FILE")]
     pub(crate) json_events: Option<PathBuf>,
-    /// The image: a name as Docker's, oci-layout:DIR[:TAG], oci-archive:FILE or docker-archive:FILE
+    /// The image: a name as Docker's, oci-layout:DIR[:TAG], oci-archive:FILE or docker-archive:FILE; or snapshot:NAME,
+    /// whose machine it is then
     #[arg(value_name = "IMAGE")]
     pub(crate) image: String,
     /// The command and its arguments; the image's own when absent
@@ -300,6 +301,7 @@ const BAKE_EXAMPLES: &str = "\
 Examples:
   kiln bake python:3.12                        what the first `kiln run` would do
   kiln bake --warmup 'python3 -c \"import json\"' --name json python:3.12
+  kiln run snapshot:json -- python3            a machine that begins where the warm-up ended
 
 Prints the snapshot's key. Baking what is baked already costs nothing.";
 

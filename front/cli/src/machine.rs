@@ -1,14 +1,14 @@
 //! The machine a command line asks for.
 
 use kiln::image::Image;
-use kiln::store::Store;
+use kiln::store::{SnapshotRecord, Store};
 use kiln::{Bake, Scratch, Vm, VmBuilder, VmError};
 
 use crate::args::MachineFlags;
 use crate::events::EventLog;
 use crate::failure::Failure;
 use crate::progress::Spinner;
-use crate::{Context, images, terminal};
+use crate::{Context, images, snapshots, terminal};
 
 /// Describes the machine.
 ///
@@ -42,6 +42,33 @@ pub(crate) fn builder(
         .command_is_process_1(!flags.init)
         .on_warning(terminal::warn)
         .on_phase(move |phase, nanoseconds| events.at(phase.name(), nanoseconds)))
+}
+
+/// The prefix of a snapshot where an image can be named.
+const SNAPSHOT_PREFIX: &str = "snapshot:";
+
+/// The snapshot that is named in the place of an image, if it is one.
+///
+/// # Errors
+/// When there is no such snapshot, or none with an image.
+pub(crate) fn named_snapshot(store: &Store, name: &str) -> Result<Option<(SnapshotRecord, Image)>, Failure> {
+    let Some(name) = name.strip_prefix(SNAPSHOT_PREFIX) else { return Ok(None) };
+    let record = snapshots::find(store, name)?;
+    let Some(image) = &record.image else {
+        return Err(Failure::caller(format!("the snapshot {name} has no image, so there is nothing to run")));
+    };
+    let image = kiln::image::find(store, &image.manifest.hex(), None)?;
+    Ok(Some((record, image)))
+}
+
+/// Has the machine made from the snapshot that its user named.
+pub(crate) fn from_snapshot(builder: VmBuilder, store: &Store, record: SnapshotRecord) -> VmBuilder {
+    let scratch = match record.scratch {
+        // Its size is that of the snapshot's disk.
+        Some(_) => Scratch::Disk { folder: store.root().to_owned(), size_bytes: 0 },
+        None => Scratch::Memory,
+    };
+    builder.scratch(scratch).from_snapshot(store, record)
 }
 
 /// Has the machine made from a snapshot, and says what that takes where it takes long.

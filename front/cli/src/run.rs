@@ -67,7 +67,11 @@ async fn start(
     let env = environment::words(&args.env_file, &args.env, |name| std::env::var_os(name))
         .map_err(Failure::caller)?;
     let store = images::store(context)?;
-    let image = images::obtain(context, &store, &args.image, &args.source, args.pull, false).await?;
+    let (named, image) = if let Some((record, image)) = machine::named_snapshot(&store, &args.image)? {
+        (Some(record), image)
+    } else {
+        (None, images::obtain(context, &store, &args.image, &args.source, args.pull, false).await?)
+    };
     events.now("pulled");
 
     let hostname = match &args.hostname {
@@ -79,7 +83,9 @@ async fn start(
     let spinner = progress::spinner(context, format!("starting {}", args.image));
     let builder = machine::builder(context, &args.machine, &store, &image, events)?;
     let mut builder = console(context, builder)?.hostname(hostname).working_directory(&launch.workdir);
-    if !args.no_snapshot {
+    if let Some(record) = named {
+        builder = machine::from_snapshot(builder, &store, record);
+    } else if !args.no_snapshot {
         builder = machine::with_snapshots(context, builder, &store, &image, spinner.clone());
     }
     let vm = builder.start().await?;

@@ -88,8 +88,15 @@ pub(crate) fn describe(store: &Store, snapshot: &SnapshotRecord) -> Value {
 /// When there is no such snapshot.
 pub(crate) fn inspect(context: &Context, name: &str) -> Result<(), Failure> {
     let store = images::store(context)?;
-    let snapshot = store.find_snapshot(name)?.ok_or_else(|| unknown(name))?;
-    print(&format!("{:#}\n", describe(&store, &snapshot)))
+    print(&format!("{:#}\n", describe(&store, &find(&store, name)?)))
+}
+
+/// The snapshot of this name or key.
+///
+/// # Errors
+/// When there is none.
+pub(crate) fn find(store: &Store, name: &str) -> Result<SnapshotRecord, Failure> {
+    store.find_snapshot(name)?.ok_or_else(|| unknown(name))
 }
 
 /// `kiln snapshot rm`: goes on to the next when one cannot be removed. Returns the exit code.

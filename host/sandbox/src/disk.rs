@@ -106,11 +106,11 @@ pub(crate) fn scratch_disk(folder: &Path, size_bytes: u64) -> Result<Disk, Scrat
 }
 
 /// Makes a scratch disk with what another has. Blocks for as long as copying its data takes.
-pub(crate) fn scratch_copy(folder: &Path, from: &File, size_bytes: u64) -> Result<Disk, ScratchError> {
+pub(crate) fn scratch_copy(folder: &Path, from: &File) -> Result<Disk, ScratchError> {
     let error = |source| ScratchError::File { folder: folder.into(), source };
     let file = nameless_file(folder).map_err(error)?;
-    kiln_store::copy_sparse(from, &file).map_err(error)?;
-    Ok(Disk::writable(file, size_bytes))
+    let copied = kiln_store::copy_sparse(from, &file).and_then(|()| from.metadata());
+    Ok(Disk::writable(file, copied.map_err(error)?.len()))
 }
 
 /// A file that no folder lists, so that it is gone with its last user.

@@ -85,6 +85,16 @@ pub(crate) async fn start(
     }
 }
 
+/// Makes a machine from this snapshot and no other.
+pub(crate) async fn start_from(
+    builder: &VmBuilder,
+    store: &Store,
+    record: &SnapshotRecord,
+) -> Result<(Monitor, RestoreTimes), VmError> {
+    let snapshot = store.open_snapshot(&record.key).map_err(BakeError::Store)?;
+    restore::machine(builder, &snapshot.ok_or(SnapshotError::Gone)?).await
+}
+
 /// Makes sure that there is a template, and gives it a name.
 pub(crate) async fn bake(
     builder: &VmBuilder,

@@ -198,7 +198,7 @@ fn a_bake_killed_at_any_step_leaves_nothing_half() {
         was_killed
     };
     // Any thread may put the next part, so how many steps one of them takes differs. A memory has two files, put by one.
-    let steps = (1..).take_while(|step| killed(Some("-f"), *step)).count();
+    let steps = (1..20).take_while(|step| killed(Some("-f"), *step)).count();
     assert!(steps >= 2, "{steps}");
     // The record is the only thing that the first thread puts, which is followed without -f.
     assert!(killed(None, 1));
@@ -262,4 +262,20 @@ fn a_warm_up_that_fails_fails_the_bake() {
     let (one, again, two) = (warm("true"), warm("true"), warm(":"));
     assert_eq!(one["key"], again["key"]);
     assert_ne!(one["key"], two["key"]);
+}
+
+#[test]
+fn a_machine_begins_where_the_warm_up_ended() {
+    let warmup = "echo from disk >/root/file; echo from memory >/dev/shm/file";
+    let options = ["--scratch-size", "3007m", "--name", "warm", "--memory", "256m", "--warmup", warmup];
+    let record = bake(&store(), &options);
+    let show = ["sh", "-c", "hostname; cat /root/file /dev/shm/file"];
+    for name in ["warm", hex(&record, "key")] {
+        let mut command = kiln(["run", "--hostname", "warm-1", &format!("snapshot:{name}"), "--"]);
+        Outcome::of(command.args(show)).prints("warm-1\nfrom disk\nfrom memory\n");
+    }
+    Outcome::of(&mut kiln(["snapshot", "rm", "--quiet", "warm"])).code(0);
+    Outcome::of(&mut kiln(["run", "snapshot:warm", "--", "true"]))
+        .code(125)
+        .complains("no snapshot is called");
 }

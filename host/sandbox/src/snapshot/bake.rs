@@ -6,7 +6,8 @@ use std::time::{Duration, SystemTime};
 use kiln_control::SaveState;
 use kiln_protocol::{AGENT_PORT, Call, Park};
 use kiln_store::{
-    BakeLock, Draft, ObjectId, Session, Snapshot, SnapshotKind, SnapshotRecord, Store, StoreError,
+    BakeLock, Draft, MAX_OBJECT_BYTES, ObjectId, Session, Snapshot, SnapshotKind, SnapshotRecord, Store,
+    StoreError,
 };
 use kiln_support::digest::Digest;
 use rustix::time::ClockId;
@@ -36,6 +37,7 @@ pub(super) async fn template(
     refused: Option<&SnapshotRecord>,
 ) -> Result<Snapshot, VmError> {
     let store = &snapshots.store;
+    check_size(&builder.scratch)?;
     let _lock = match find_or_lock(builder, store, &keys.template, refused).await? {
         Found::Snapshot(snapshot) => return Ok(*snapshot),
         Found::Lock(lock) => lock,
@@ -52,6 +54,17 @@ pub(super) async fn template(
     builder.tell(Phase::TemplateBaked, clock_ns(ClockId::Monotonic));
     builder.tell_bake(Bake::Done);
     Ok(baked)
+}
+
+/// Refuses before anything is done what the store would refuse at its end.
+fn check_size(scratch: &Scratch) -> Result<(), BakeError> {
+    match *scratch {
+        Scratch::Disk { size_bytes, .. } if size_bytes > MAX_OBJECT_BYTES => {
+            let what = "a scratch disk that is saved";
+            Err(BakeError::Store(StoreError::TooLarge { what, bytes: size_bytes, limit: MAX_OBJECT_BYTES }))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The base that templates of this shape are made from, likewise.
@@ -293,5 +306,18 @@ async fn park(monitor: Monitor) -> Result<Monitor, VmError> {
             Ok(monitor)
         }
         Err(_) => Err(BakeError::ParkOverdue(monitor.stop().await).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_larger_than_any_object_is_refused_before_it_is_made() {
+        let disk = |size_bytes| Scratch::Disk { folder: "/nonexistent".into(), size_bytes };
+        assert!(check_size(&disk(MAX_OBJECT_BYTES)).is_ok());
+        assert!(matches!(check_size(&disk(MAX_OBJECT_BYTES + 1)), Err(BakeError::Store(_))));
+        assert!(check_size(&Scratch::ReadOnly).is_ok());
     }
 }

@@ -16,6 +16,9 @@ pub enum SnapshotError {
     /// It does not match its digests.
     #[error("the snapshot is damaged")]
     Damaged(#[from] LoadError),
+    /// It, or something it is made of, is not in the store any more.
+    #[error("the snapshot is gone")]
+    Gone,
     /// Its state is not that of the machine its record says.
     #[error("the snapshot is damaged: its state is another machine's")]
     Mixed,
@@ -31,6 +34,7 @@ impl SnapshotError {
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
+            Self::Gone => Blame::Caller,
             Self::Damaged(_) | Self::Mixed => Blame::Host,
             Self::Refused(end) => end.blame(),
             Self::Overdue(_) => Blame::Guest,
@@ -40,7 +44,7 @@ impl SnapshotError {
     /// How the machine ended, when that is what went wrong.
     pub fn machine_end(&self) -> Option<&MachineEnd> {
         match self {
-            Self::Damaged(_) | Self::Mixed => None,
+            Self::Damaged(_) | Self::Gone | Self::Mixed => None,
             Self::Refused(end) => Some(end),
             Self::Overdue(end) => Some(end),
         }

@@ -1,6 +1,6 @@
 //! A machine made from a snapshot.
 
-use std::io::{self, BufReader, Seek};
+use std::io::{BufReader, Seek};
 use std::time::Duration;
 
 use kiln_control::Restore;
@@ -26,10 +26,14 @@ pub(super) async fn machine(
     // The process starts while the disk is copied.
     let monitor = builder.spawn_monitor()?;
     let scratch = match (&builder.scratch, &template.scratch) {
-        (Scratch::Disk { folder, size_bytes }, Some(from)) => {
-            let (folder, size_bytes) = (folder.clone(), *size_bytes);
-            let from = from.try_clone().map_err(|source| host("open", "the snapshot's disk", source))?;
-            blocking(move || disk::scratch_copy(&folder, &from, size_bytes)).await?
+        (Scratch::Disk { folder, .. }, Some(from)) => {
+            let folder = folder.clone();
+            let from = from.try_clone().map_err(|source| BakeError::Host {
+                action: "open",
+                what: "the snapshot's disk".into(),
+                source,
+            })?;
+            blocking(move || disk::scratch_copy(&folder, &from)).await?
         }
         (Scratch::Disk { .. }, None) => return Err(SnapshotError::Mixed.into()),
         (Scratch::Memory | Scratch::ReadOnly, _) => Disk::placeholder(false),
@@ -135,10 +139,6 @@ pub fn verify(store: &Store, record: &SnapshotRecord) -> Result<(), VmError> {
     let (header, _) =
         kiln_snapshot::read(&mut BufReader::new(state.as_slice())).map_err(SnapshotError::Damaged)?;
     if is_of(&header, record) { Ok(()) } else { Err(SnapshotError::Mixed.into()) }
-}
-
-fn host(action: &'static str, what: &str, source: io::Error) -> BakeError {
-    BakeError::Host { action, what: what.to_owned(), source }
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ pub struct VmBuilder {
     warnings: Option<LineListener>,
     bakes: Option<BakeObserver>,
     snapshots: Option<Snapshots>,
+    source: Option<(Store, SnapshotRecord)>,
     pub(crate) warmups: Vec<Launch>,
 }
 
@@ -60,6 +61,7 @@ impl VmBuilder {
             warnings: None,
             bakes: None,
             snapshots: None,
+            source: None,
             warmups: Vec::new(),
         }
     }
@@ -149,6 +151,13 @@ impl VmBuilder {
         self
     }
 
+    /// Has the machine made from this snapshot and no other, which the root disk must be the image of. Its memory, vCPUs and
+    /// set-up are the snapshot's, whatever is asked for here; a scratch disk is asked for when the snapshot has one.
+    pub fn from_snapshot(mut self, store: &Store, record: SnapshotRecord) -> Self {
+        self.source = Some((store.clone(), record));
+        self
+    }
+
     /// Adds a command that runs to its end before the snapshot is made, so that machines start with what it leaves: files,
     /// memory, caches. It is part of what the snapshot is known by.
     pub fn warm_up(mut self, command: Launch) -> Self {
@@ -170,6 +179,10 @@ impl VmBuilder {
     /// [`VmError`], by what went wrong; [`VmError::machine_end`] has the guest's last words where there are any.
     pub async fn start(self) -> Result<Vm, VmError> {
         self.check_shape()?;
+        if let Some((store, record)) = &self.source {
+            let (monitor, times) = snapshot::start_from(&self, store, record).await?;
+            return Ok(Vm { monitor, times: Times::Restore(times) });
+        }
         if let Some(snapshots) = &self.snapshots {
             match snapshot::start(&self, snapshots).await {
                 Ok((monitor, times)) => return Ok(Vm { monitor, times: Times::Restore(times) }),
