@@ -10,7 +10,7 @@ mod xstate;
 
 use std::io;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kiln_memory::GuestMemory;
 use kvm_bindings::{
@@ -44,6 +44,9 @@ pub struct Kvm {
     needs_tss: bool,
     /// The model-specific registers that are part of a vCPU's state.
     msrs: Arc<[u32]>,
+    /// What it said of the processor. On a host that is a machine itself each of its CPUID instructions is an exit, together a third of
+    /// a millisecond.
+    supported: OnceLock<Vec<CpuidEntry>>,
 }
 
 impl Kvm {
@@ -71,7 +74,8 @@ impl Kvm {
         let needs_tss = std::fs::read(UNRESTRICTED_GUEST).is_ok_and(|value| value.starts_with(b"N"));
         let msrs = device.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
         let is_ours = |index: &u32| !HYPERV_MSRS.contains(index);
-        Ok(Self { needs_tss, msrs: msrs.as_slice().iter().copied().filter(is_ours).collect(), device })
+        let msrs = msrs.as_slice().iter().copied().filter(is_ours).collect();
+        Ok(Self { needs_tss, msrs, supported: OnceLock::new(), device })
     }
 
     /// What [`crate::REQUIREMENTS`] names and this KVM does not have.
@@ -99,13 +103,16 @@ impl Hypervisor for Kvm {
     type Vm = KvmVm;
 
     fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, Error> {
+        if let Some(entries) = self.supported.get() {
+            return Ok(entries.clone());
+        }
         let cpuid = self
             .device
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
         let mut entries: Vec<_> = cpuid.as_slice().iter().map(CpuidEntry::from).collect();
         completion::complete_cpuid(&mut entries);
-        Ok(entries)
+        Ok(self.supported.get_or_init(|| entries).clone())
     }
 
     fn create_vm(&self) -> Result<KvmVm, Error> {
