@@ -158,6 +158,35 @@ impl Guest {
         }
     }
 
+    /// Pauses the guest and lets it go on: how long it took to stand still, and to run again.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn pause(self) -> Result<(Self, [Duration; 2])> {
+        let Self { machine, ports, console, rung } = self;
+        let start = Instant::now();
+        let paused =
+            machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
+        let pause = start.elapsed();
+        let start = Instant::now();
+        let machine = paused.resume()?;
+        Ok((Self { machine, ports, console, rung }, [pause, start.elapsed()]))
+    }
+
+    /// Saves the guest while it runs: how long it stood still, and how long all of it took.
+    ///
+    /// # Errors
+    /// When it cannot be saved.
+    pub fn save_running(self) -> Result<(Self, [Duration; 2])> {
+        let Self { machine, ports, console, rung } = self;
+        let memory = File::from(rustix::fs::memfd_create("memory", MemfdFlags::CLOEXEC)?);
+        let start = Instant::now();
+        let (machine, saved) = machine.save_running(&memory);
+        let took = start.elapsed();
+        let machine = machine.context("the guest has no thread left")?;
+        Ok((Self { machine, ports, console, rung }, [saved?.pause, took]))
+    }
+
     /// Pauses the guest, saves it, and lets it go on.
     ///
     /// # Errors
