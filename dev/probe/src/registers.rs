@@ -30,9 +30,8 @@ global_asm!(
 
 .macro beat_often
     mov r8, rdx
-2:  mov ecx, 10000
-3:  pause
-    dec ecx
+2:  mov ecx, 200000
+3:  dec ecx
     jnz 3b
     mov edx, 0x3f8
     mov al, 0x21
@@ -156,7 +155,7 @@ pub(crate) fn hold(id: u64, yields: u64) -> io::Result<()> {
 /// Without the right to the port.
 pub(crate) fn carry() -> io::Result<()> {
     /// So that a machine is seldom saved between two rounds, where the values are in memory.
-    const BEATS: u64 = 1000;
+    const BEATS: u64 = 200;
     beat::take_port()?;
     let set = Set::largest();
     for round in 0.. {

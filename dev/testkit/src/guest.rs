@@ -205,7 +205,7 @@ impl Guest {
         let start = Instant::now();
         let (machine, saved) = machine.save_running(&memory);
         let took = start.elapsed();
-        let machine = machine.context("the guest has no thread left")?;
+        let kiln_vmm::Saved::Running(machine) = machine else { bail!("the guest does not go on") };
         Ok((Self { machine, ports, console, rung }, [saved?.pause, took]))
     }
 

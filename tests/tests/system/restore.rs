@@ -75,7 +75,7 @@ fn vector_registers_survive() {
     for _ in 0..6 {
         let (copy, mut beats) = saved.restore_heard().expect("restored");
         // Past the end of a round, where the registers are looked at.
-        listen(&mut beats, 1500);
+        listen(&mut beats, 300);
         saved = copy.save().expect("saved again").0;
     }
 }
