@@ -4,22 +4,27 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
-use kiln_tests::{Outcome, Session, busybox, kiln, store};
+use kiln_tests::{Outcome, Session, busybox, kiln};
 use serde_json::Value;
 
-/// A server of files in /srv, which says at its port what it is and nothing of its own accord.
-const SERVER: &str = "mkdir -p /srv; cat /run/kiln/generation >/srv/born; echo served >/srv/index.html; \
+/// A server of files in /srv that takes its time to start.
+const SERVER: &str = "sleep 1; mkdir -p /srv; cat /run/kiln/generation >/srv/born; echo served >/srv/index.html; \
                       exec httpd -f -p 8080 -h /srv";
 
 /// `kiln bake OPTIONS IMAGE -- COMMAND`.
 fn bake(options: &[&str], command: &[&str]) -> Outcome {
+    Outcome::of(&mut baking(options, command))
+}
+
+fn baking(options: &[&str], command: &[&str]) -> Command {
     let mut kiln = kiln(["bake", "--quiet", "--json"]);
     kiln.args(options).arg(busybox().reference());
     if !command.is_empty() {
         kiln.arg("--").args(command);
     }
-    Outcome::of(&mut kiln)
+    kiln
 }
 
 fn record(outcome: &Outcome) -> Value {
@@ -34,14 +39,6 @@ fn key(outcome: &Outcome) -> String {
 /// Runs a script in a machine made from a snapshot.
 fn script(snapshot: &str, script: &str) -> Outcome {
     Outcome::of(&mut kiln(["run", "--quiet", &format!("snapshot:{snapshot}"), "--", "sh", "-c", script]))
-}
-
-/// How many snapshots of a kind are in the store.
-fn names() -> Vec<String> {
-    let outcome = Outcome::of(&mut kiln(["snapshot", "ls", "--json"]));
-    let list: Value = serde_json::from_str(&outcome.code(0).out()).expect("JSON");
-    let name = |snapshot: &Value| snapshot["name"].as_str().map(ToOwned::to_owned);
-    list.as_array().expect("a list").iter().filter_map(name).collect()
 }
 
 fn written(path: &Path, contents: impl AsRef<[u8]>, mode: u32) -> &str {
@@ -64,8 +61,7 @@ fn extra_files_are_there_before_warm_ups_and_part_of_the_key() {
         "md5sum </opt/deep/large >/root/sum; stat -c '%a %u' /opt/deep/large /etc/passwd >/root/modes";
     let all = [&options[..], &["--extra-file", &large_extra, "--warmup", warmup]].concat();
     let first = key(&bake(&all, &[]));
-    let expected =
-        Outcome::of(std::process::Command::new("md5sum").stdin(fs::File::open(&large).expect("it")));
+    let expected = Outcome::of(Command::new("md5sum").stdin(fs::File::open(&large).expect("it")));
     script("extra", "cat /root/sum /root/modes /etc/passwd")
         .prints(&format!("{}755 0\n604 0\nroot:x:0:0::/:/bin/sh\n", expected.out()));
     assert_eq!(first, key(&bake(&all, &[])), "nothing has changed");
@@ -127,9 +123,9 @@ fn a_service_answers_in_every_clone() {
     let baked = record(&bake(&options, &server));
     assert!(baked["service"].as_str().is_some_and(|words| words.contains("httpd")), "{baked}");
     assert_eq!(baked["key"], key(&bake(&options, &server)), "baked again");
-    assert_ne!(baked["key"], key(&bake(&options, &["httpd", "-f", "-p", "8080"])), "another command");
+    let unnamed = ["--scratch-size", "3104m", "--ready-port", "8080"];
+    assert_ne!(baked["key"], key(&bake(&unnamed, &["httpd", "-f", "-p", "8080"])), "another command");
 
-    key(&bake(&options, &server));
     let ask = "wget -qO- http://127.0.0.1:8080/; cat /srv/born /run/kiln/generation; read line";
     let mut clones: Vec<_> = (0..2)
         .map(|_| {
@@ -142,7 +138,9 @@ fn a_service_answers_in_every_clone() {
     for clone in &mut clones {
         clone.write(b"\n");
     }
-    clones.into_iter().for_each(|clone| drop(clone.finish().code(0)));
+    for clone in clones {
+        clone.finish().code(0);
+    }
     assert_eq!([&said[0][0], &said[1][0]], ["served", "served"]);
     assert_eq!(said[0][1], said[1][1], "the service was born once");
     assert_ne!(said[0][2], said[1][2], "two clones of one generation");
@@ -157,37 +155,44 @@ fn a_service_answers_in_every_clone() {
 
 #[test]
 fn a_service_is_saved_when_its_file_or_its_words_appear() {
-    let program = "mkdir -p /srv/state; echo one line; echo ready to serve >&2; touch /srv/state/up; \
+    let program = "mkdir -p /srv/state; echo one line; sleep 1; touch /srv/state/up; echo ready to serve >&2; \
                    while :; do sleep 1; echo tick; echo tick >>/srv/ticks; done";
     for (option, value) in [("--ready-file", "/srv/state/up"), ("--ready-log", "ready to ser")] {
         for init in [&[][..], &["--init"]] {
             let options = ["--scratch-size", "3105m", "--name", "ticks", option, value];
             record(&bake(&[&options[..], init].concat(), &["sh", "-c", program]));
             // It goes on from where it was, though nobody reads what it writes.
-            script("ticks", "rm -f /srv/ticks; until test -e /srv/ticks; do sleep 0.1; done; echo goes on")
-                .prints("goes on\n");
+            let look = "test -e /srv/state/up || exit 5; rm -f /srv/ticks; \
+                        until test -e /srv/ticks; do sleep 0.1; done; echo goes on";
+            script("ticks", look).prints("goes on\n");
         }
     }
 }
 
 #[test]
 fn a_service_that_is_never_ready_stores_nothing() {
+    let place = tempfile::tempdir().expect("a folder");
+    let root = place.path().join("store");
+    let bake =
+        |options: &[&str], command: &[&str]| Outcome::of(baking(options, command).env("KILN_ROOT", &root));
     let program = "echo starting; echo and waiting >&2; sleep 1000";
     for (option, value, missing) in [
         ("--ready-port", "8080", "no listener on port 8080"),
         ("--ready-file", "/srv/none/such", "no file /srv/none/such"),
         ("--ready-log", "started", "no 'started' in its output"),
     ] {
-        let options = ["--scratch-size", "3106m", "--name", "never", option, value];
-        let never = bake(&[&options[..], &["--ready-timeout", "2s"]].concat(), &["sh", "-c", program]);
+        let never = bake(&[option, value, "--ready-timeout", "2s"], &["sh", "-c", program]);
         never.code(1).complains("not ready within 2 s").complains(missing);
         never.complains("starting").complains("and waiting");
-        let ended = bake(&options, &["sh", "-c", "echo gone; exit 3"]);
+        let ended = bake(&[option, value], &["sh", "-c", "echo gone; exit 3"]);
         ended.code(1).complains("ended with code 3").complains(missing).complains("gone");
     }
     bake(&["--ready-port", "1"], &["no-such-program"]).code(1).complains("no-such-program");
-    assert!(!names().contains(&"never".to_owned()));
-    assert_eq!(fs::read_dir(store().join("tmp")).expect("a folder").count(), 0, "something is left over");
+    let listed = Outcome::of(kiln(["snapshot", "ls", "--json"]).env("KILN_ROOT", &root));
+    let listed: Value = serde_json::from_str(&listed.code(0).out()).expect("JSON");
+    let kinds: Vec<_> = listed.as_array().expect("a list").iter().map(|one| &one["kind"]).collect();
+    assert_eq!(kinds, ["base"], "{listed}");
+    assert_eq!(fs::read_dir(root.join("tmp")).expect("a folder").count(), 0, "something is left over");
 }
 
 #[test]
