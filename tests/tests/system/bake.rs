@@ -181,8 +181,8 @@ fn a_service_that_is_never_ready_stores_nothing() {
         ("--ready-file", "/srv/none/such", "no file /srv/none/such"),
         ("--ready-log", "started", "no 'started' in its output"),
     ] {
-        let never = bake(&[option, value, "--ready-timeout", "2s"], &["sh", "-c", program]);
-        never.code(1).complains("not ready within 2 s").complains(missing);
+        let never = bake(&[option, value, "--ready-timeout", "10s"], &["sh", "-c", program]);
+        never.code(1).complains("not ready within 10 s").complains(missing);
         never.complains("starting").complains("and waiting");
         let ended = bake(&[option, value], &["sh", "-c", "echo gone; exit 3"]);
         ended.code(1).complains("ended with code 3").complains(missing).complains("gone");
