@@ -267,9 +267,24 @@ pub(crate) enum ImageCommand {
     },
 }
 
+/// What says that a command is ready to be saved.
+#[derive(Debug, Args)]
+#[group(id = "ready", multiple = false)]
+pub(crate) struct Ready {
+    /// Start the image's command, and save the guest with it running as soon as it listens on this TCP port
+    #[arg(long = "ready-port", value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) port: Option<u16>,
+    /// The same as soon as this path is there in the guest
+    #[arg(long = "ready-file", value_name = "PATH", value_parser = quantity::guest_path)]
+    pub(crate) file: Option<String>,
+    /// The same as soon as it has written this text, exactly so, to stdout or stderr
+    #[arg(long = "ready-log", value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) log: Option<String>,
+}
+
 /// `kiln bake`.
 #[derive(Debug, Args)]
-#[command(after_help = BAKE_EXAMPLES)]
+#[command(after_help = BAKE_EXAMPLES, override_usage = "kiln bake [OPTIONS] IMAGE [--] [COMMAND]...")]
 pub(crate) struct Bake {
     /// What machine.
     #[command(flatten)]
@@ -277,7 +292,19 @@ pub(crate) struct Bake {
     /// Run a command in the guest, by its shell, before it is saved; may be given several times
     #[arg(long, value_name = "CMD")]
     pub(crate) warmup: Vec<String>,
-    /// Set an environment variable for the warm-ups; KEY alone passes this program's value on
+    /// Run a script of this host's likewise, by its #! line or else by /bin/sh; after all --warmup
+    #[arg(long, value_name = "FILE")]
+    pub(crate) warmup_file: Vec<PathBuf>,
+    /// Put a file of this host's into the guest before all warm-ups, owned by root, with its permissions
+    #[arg(long, value_name = "HOST:GUEST", value_parser = quantity::extra_file)]
+    pub(crate) extra_file: Vec<(PathBuf, String)>,
+    /// What says that a command is ready.
+    #[command(flatten)]
+    pub(crate) ready: Ready,
+    /// How long the command may take until it is ready
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = quantity::duration, requires = "ready")]
+    pub(crate) ready_timeout: Duration,
+    /// Set an environment variable for warm-ups and command; KEY alone passes this program's value on
     #[arg(short, long, value_name = "KEY[=VALUE]")]
     pub(crate) env: Vec<OsString>,
     /// Call the snapshot so
@@ -295,6 +322,9 @@ pub(crate) struct Bake {
     /// The image: a name as Docker's, oci-layout:DIR[:TAG], oci-archive:FILE or docker-archive:FILE
     #[arg(value_name = "IMAGE")]
     pub(crate) image: String,
+    /// The command that is saved running, in the place of the image's own
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true, requires = "ready")]
+    pub(crate) command: Vec<OsString>,
 }
 
 const BAKE_EXAMPLES: &str = "\
@@ -302,8 +332,17 @@ Examples:
   kiln bake python:3.12                        what the first `kiln run` would do
   kiln bake --warmup 'python3 -c \"import json\"' --name json python:3.12
   kiln run snapshot:json -- python3            a machine that begins where the warm-up ended
+  kiln bake --extra-file ./app.conf:/etc/app.conf --warmup-file ./prepare.sh --name app app:1
+  kiln bake --ready-port 5432 --name db postgres:17
+  kiln run snapshot:db -- psql -U postgres     beside the server, which has been running since the bake
+  kiln bake --ready-log 'accepts connections' --ready-timeout 5m --name srv app:1 -- serve --warm
 
-Prints the snapshot's key. Baking what is baked already costs nothing.";
+Files are put in place first, warm-ups run to their end, and the command is started last. It stays
+process 1 of the guest (with --init a child of the reaper): when it ends, so does all else in there.
+What it has written is not kept, and it has no stdin.
+
+Prints the snapshot's key. Baking what is baked already costs nothing: what is part of the key is the
+image, the machine, every file's content, warm-ups, command, trigger and environment.";
 
 /// `kiln snapshot`.
 #[derive(Debug, Args)]

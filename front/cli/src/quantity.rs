@@ -1,5 +1,6 @@
-//! Sizes, times and names as users write them.
+//! Sizes, times, names and places as users write them.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kiln::MEMORY_MIN_MIB;
@@ -94,6 +95,26 @@ pub(crate) fn snapshot_name(text: &str) -> Result<String, String> {
         .to_owned())
 }
 
+/// Reads where a file is and where it goes: HOST:GUEST, cut at the last ':' before a '/'.
+pub(crate) fn extra_file(text: &str) -> Result<(PathBuf, String), String> {
+    let (host, guest) = text
+        .rsplit_once(":/")
+        .filter(|(host, _)| !host.is_empty())
+        .ok_or("expected HOST:GUEST, such as ./app.conf:/etc/app.conf, where GUEST begins with '/'")?;
+    Ok((host.into(), guest_path(&format!("/{guest}"))?))
+}
+
+/// Reads the path of a file in the guest.
+pub(crate) fn guest_path(text: &str) -> Result<String, String> {
+    if !text.starts_with('/') {
+        return Err("a path in the guest begins with '/'".to_owned());
+    }
+    if text.ends_with('/') {
+        return Err("a file is named, and not a directory: leave the last '/' out".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,6 +153,17 @@ mod tests {
         assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
         for wrong in ["", "0", "0s", "s", "5x", "1h30", "99999999999999999999h", "18446744073709551615h"] {
             assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_file_goes_from_a_path_here_to_one_in_the_guest() {
+        let to = |host: &str, guest: &str| Ok((PathBuf::from(host), guest.to_owned()));
+        assert_eq!(extra_file("a.conf:/etc/a"), to("a.conf", "/etc/a"));
+        assert_eq!(extra_file("/x:y:/z"), to("/x:y", "/z"));
+        assert_eq!(extra_file("/x:/y:z"), to("/x", "/y:z"));
+        for wrong in ["", "a", "a:b", ":/b", "a:/b/", "a:/"] {
+            assert!(extra_file(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -78,6 +78,13 @@ async fn start(
         Some(name) => name.clone(),
         None => random_name().map_err(Failure::host)?,
     };
+    if let Some(service) = named.as_ref().and_then(|record| record.service.as_ref())
+        && args.command.is_empty()
+        && args.entrypoint.is_none()
+    {
+        return Err(Failure::caller(format!("{} has its command running already: {service}", args.image))
+            .hint("name one to run beside it: kiln run snapshot:NAME -- COMMAND"));
+    }
     let launch = Launch::new(&image.config, overrides(args, env))?;
 
     let spinner = progress::spinner(context, format!("starting {}", args.image));

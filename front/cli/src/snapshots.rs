@@ -70,6 +70,7 @@ pub(crate) fn describe(store: &Store, snapshot: &SnapshotRecord) -> Value {
         "image": snapshot.image.as_ref().map(|image| {
             json!({"name": image.reference, "digest": image.manifest.to_string()})
         }),
+        "service": snapshot.service,
         "memory": snapshot.memory.to_string(),
         "state": snapshot.state.to_string(),
         "scratch": snapshot.scratch.map(|id| id.to_string()),

@@ -9,6 +9,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 
+use crate::awaited::Wait;
 use crate::session::{Session, Source, Violation};
 
 /// What a buffer may keep between uses.
@@ -37,6 +38,8 @@ pub(crate) struct Connection {
 pub(crate) enum Stage {
     /// The request has not come yet, or its answer is not known yet.
     Asking,
+    /// What the peer waits for has not come about.
+    Waiting(Wait),
     /// A command runs.
     Running(Session),
     /// The peer is gone; the command has been killed and is to be reaped.
@@ -143,11 +146,12 @@ pub(crate) fn data(slot: usize, source: Option<Source>) -> EventData {
         Some(Source::Stdin) => 3,
         Some(Source::Stdout) => 4,
         Some(Source::Stderr) => 5,
+        Some(Source::Awaited) => 6,
     };
     EventData::new_u64((slot as u64) << 8 | source)
 }
 
-/// Which file of its command an event is about, if it is not the connection's socket.
+/// Which file of its command or wait an event is about, if it is not the connection's socket.
 pub(crate) fn source(data: u64) -> Option<Source> {
     Some(match data & 0xff {
         1 => Source::Child,
@@ -155,6 +159,7 @@ pub(crate) fn source(data: u64) -> Option<Source> {
         3 => Source::Stdin,
         4 => Source::Stdout,
         5 => Source::Stderr,
+        6 => Source::Awaited,
         _ => return None,
     })
 }

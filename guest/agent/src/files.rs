@@ -3,6 +3,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -45,28 +46,73 @@ pub(crate) fn read(path: &str) -> Result<Vec<u8>, Errno> {
     Ok(contents)
 }
 
+/// The permissions of files that say nothing else.
+const USUAL_MODE: u32 = 0o644;
+
 /// Writes a new file in place of whatever was there (a link is replaced, not followed), and the directories above it.
 ///
 /// # Errors
 /// What the kernel reports, `ISDIR` for a directory among them.
 pub(crate) fn replace(path: &str, contents: &[u8]) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mode = Mode::from_raw_mode(0o644);
-    match rustix::fs::unlink(path) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        Err(error) => return Err(error),
+    write(&make(path, USUAL_MODE)?, contents)
+}
+
+/// The same with these permissions (the lowest 12 bits), whatever the agent's umask.
+///
+/// # Errors
+/// As [`replace`].
+pub(crate) fn replace_with_mode(path: &str, mode: u32, contents: &[u8]) -> Result<(), Errno> {
+    let file = make(path, 0o600)?;
+    write(&file, contents)?;
+    // Last, for the kernel takes set-id bits from a file that is written to.
+    rustix::fs::fchmod(&file, Mode::from_raw_mode(mode & 0o7777))
+}
+
+/// Writes at the end of a regular file, which is at `offset`, and gives it these permissions.
+///
+/// # Errors
+/// What the kernel reports; `INVAL` for what is no regular file or ends elsewhere, `LOOP` for a link.
+pub(crate) fn continue_with_mode(path: &str, mode: u32, offset: u64, contents: &[u8]) -> Result<(), Errno> {
+    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = rustix::fs::open(path, flags | OFlags::NOCTTY, Mode::empty())?;
+    let stat = rustix::fs::fstat(&file)?;
+    let is_regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    if !is_regular || u64::try_from(stat.st_size) != Ok(offset) {
+        return Err(Errno::INVAL);
     }
-    let file = match rustix::fs::open(path, flags, mode) {
+    write(&file, contents)?;
+    rustix::fs::fchmod(&file, Mode::from_raw_mode(mode & 0o7777))
+}
+
+/// Removes a file or link; one that is not there is none to remove.
+///
+/// # Errors
+/// What the kernel reports, `ISDIR` for a directory among them.
+pub(crate) fn remove(path: &str) -> Result<(), Errno> {
+    match rustix::fs::unlink(path) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn make(path: &str, mode: u32) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mode = Mode::from_raw_mode(mode);
+    remove(path)?;
+    match rustix::fs::open(path, flags, mode) {
         Err(Errno::NOENT) => {
             let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
             make_directories(parent)?;
-            rustix::fs::open(path, flags, mode)?
+            rustix::fs::open(path, flags, mode)
         }
-        opened => opened?,
-    };
+        opened => opened,
+    }
+}
+
+fn write(file: &OwnedFd, contents: &[u8]) -> Result<(), Errno> {
     let mut rest = contents;
     while !rest.is_empty() {
-        let written = rustix::io::write(&file, rest)?;
+        let written = rustix::io::write(file, rest)?;
         rest = &rest[written..];
     }
     Ok(())
@@ -141,6 +187,28 @@ mod tests {
         assert_eq!(std::fs::read(&link).expect("the file"), b"new");
         assert_eq!(std::fs::read(&target).expect("the file"), b"untouched");
         assert!(std::fs::symlink_metadata(&link).expect("the file").is_file());
+    }
+
+    #[test]
+    fn a_file_is_written_in_parts_that_follow_each_other() {
+        let (_dir, path) = scratch();
+        let file = format!("{path}/a/file");
+        assert_eq!(replace_with_mode(&file, 0o4_751, b"one "), Ok(()));
+        assert_eq!(continue_with_mode(&file, 0o4_751, 3, b"no"), Err(Errno::INVAL));
+        assert_eq!(continue_with_mode(&file, 0o4_751, 4, b"two"), Ok(()));
+        assert_eq!(std::fs::read(&file).expect("the file"), b"one two");
+        let mode = rustix::fs::stat(file.as_str()).expect("the file").st_mode;
+        assert_eq!(mode & 0o7_777, 0o4_751);
+        let link = format!("{path}/link");
+        symlink(&file, &link).expect("a link");
+        assert_eq!(continue_with_mode(&link, 0o644, 7, b"no"), Err(Errno::LOOP));
+        assert_eq!(remove(&link), Ok(()));
+        assert_eq!(remove(&link), Ok(()));
+        assert_eq!(replace_with_mode(&file, 0o600, b""), Ok(()));
+        assert_eq!(std::fs::read(&file).expect("the file"), b"");
+        let fifo = format!("{path}/fifo");
+        rustix::fs::mknodat(CWD, fifo.as_str(), FileType::Fifo, Mode::RWXU, 0).expect("a fifo");
+        assert!(continue_with_mode(&fifo, 0o644, 0, b"no").is_err());
     }
 
     #[test]

@@ -15,8 +15,10 @@
 extern crate alloc;
 
 mod adopt;
+mod awaited;
 mod command;
 mod connection;
+mod extra;
 mod failure;
 mod files;
 mod freezer;

@@ -3,6 +3,7 @@
 //! ```text
 //!  accepted ──request──▶ answered ─────────────────────▶ closed
 //!     │                     ▲
+//!     ├──await─▶ waiting ───┤
 //!     └──exec──▶ running ───┴─ ended, output sent
 //!                   │ connection lost
 //!                   ├──▶ abandoned ── process reaped ──▶ closed
@@ -23,7 +24,7 @@ use alloc::vec::Vec;
 
 use kiln_protocol::frame::{self, Kind, ToAgent};
 use kiln_protocol::mailbox::GENERATION_BYTES;
-use kiln_protocol::{Call, Done, Exec, Failed, Outcome, PowerOff, Setup, Started, Welcome, power};
+use kiln_protocol::{Await, Call, Done, Exec, Failed, Outcome, PowerOff, Setup, Started, Welcome, power};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
@@ -31,15 +32,16 @@ use rustix::rand::GetRandomFlags;
 use rustix::time::Timespec;
 
 use crate::adopt::{Moment, Rate, adopt};
+use crate::awaited::Wait;
 use crate::connection::{Connection, Next, Stage, data, source};
 use crate::failure::{internal, invalid, text};
 use crate::freezer::Frozen;
 use crate::identity::Life;
 use crate::listen::Listener;
 use crate::power::{Power, Taken};
-use crate::session::{Registrar, Session, Violation, one_shot};
+use crate::session::{Registrar, Session, Source, Violation, one_shot};
 use crate::workload::{Place, Workload};
-use crate::{hooks, mounts, sys};
+use crate::{extra, hooks, mounts, sys};
 
 /// The most connections at a time; one more is closed at once.
 const MAX_CONNECTIONS: usize = 64;
@@ -227,6 +229,11 @@ impl<'a> Agent<'a> {
                     workload.first_has_ended();
                 }
             }
+            (Some(_), Stage::Waiting(wait)) => match wait.look() {
+                Ok(false) => {}
+                Ok(true) => connection.answer(Outcome::Done(Done {})),
+                Err(failed) => connection.answer(Outcome::Failed(failed)),
+            },
             (Some(_), Stage::Asking | Stage::Answered) => {}
         }
         Some(slot)
@@ -353,6 +360,7 @@ impl<'a> Agent<'a> {
                 ToAgent::StdoutClose => session.close_output(0),
                 ToAgent::StderrClose => session.close_output(1),
             },
+            Stage::Waiting(_) => return Err(Violation),
             // What was under way when the command ended, or was never started.
             Stage::Answered | Stage::Abandoned(_) | Stage::Detached(_) => {}
         }
@@ -368,6 +376,19 @@ impl<'a> Agent<'a> {
                 connection.restores = self.restores();
                 Outcome::Started(Started { pid })
             }),
+            Call::WriteFile(part) => {
+                self.has_root().and_then(|()| extra::write(&part)).map(|()| Outcome::Done(Done {}))
+            }
+            Call::RemoveFile(file) => {
+                self.has_root().and_then(|()| extra::remove(&file)).map(|()| Outcome::Done(Done {}))
+            }
+            Call::Await(request) => match self.wait(slot, request) {
+                Ok(wait) => {
+                    connection.stage = Stage::Waiting(wait);
+                    return;
+                }
+                Err(outcome) => outcome,
+            },
             Call::PowerOff(power_off) => match self.stop(slot, &power_off) {
                 Ok(()) => return,
                 Err(failed) => Err(failed),
@@ -465,6 +486,32 @@ impl<'a> Agent<'a> {
         Ok(())
     }
 
+    /// Refuses what needs the image before it is there.
+    fn has_root(&self) -> Result<(), Failed> {
+        self.is_not_parking()?;
+        match self.workload {
+            Some(_) => Ok(()),
+            None => Err(invalid("the guest has not been set up".into())),
+        }
+    }
+
+    /// Begins to wait; what is there already is the answer.
+    fn wait(&mut self, slot: usize, request: Await) -> Result<Wait, Result<Outcome, Failed>> {
+        self.has_root().map_err(Err)?;
+        let mut wait = Wait::new(request).map_err(Err)?;
+        if wait.look().map_err(Err)? {
+            return Err(Ok(Outcome::Done(Done {})));
+        }
+        epoll::add(
+            &self.epoll,
+            wait.file(),
+            data(slot, Some(Source::Awaited)),
+            EventFlags::IN | EventFlags::ET,
+        )
+        .map_err(|error| Err(internal("watch what is waited for", error)))?;
+        Ok(wait)
+    }
+
     /// How often the guest has been restored.
     fn restores(&self) -> u64 {
         self.life.as_ref().map_or(0, |life| life.counter)
@@ -512,7 +559,9 @@ impl<'a> Agent<'a> {
     #[inline(never)]
     fn park(&mut self, parking: Parking) -> Result<(), Fault> {
         for connection in &mut self.connections {
-            connection.take_if(|connection| matches!(connection.stage, Stage::Asking | Stage::Answered));
+            connection.take_if(|connection| {
+                matches!(connection.stage, Stage::Asking | Stage::Waiting(_) | Stage::Answered)
+            });
         }
         // What closing them has left for the kernel to do is done now, and not after each restore.
         rustix::thread::sched_yield();
@@ -555,7 +604,7 @@ impl<'a> Agent<'a> {
                 Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session) => {
                     !session.has_ended()
                 }
-                Stage::Asking | Stage::Answered => false,
+                Stage::Asking | Stage::Waiting(_) | Stage::Answered => false,
             };
             if !stopping.commands_have_ended && !self.connections.iter().flatten().any(runs) {
                 stopping.commands_have_ended = true;

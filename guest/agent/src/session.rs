@@ -42,6 +42,8 @@ pub(crate) enum Source {
     Stdout,
     /// It wrote to stderr.
     Stderr,
+    /// There is a reason to look for what is waited for; no command is.
+    Awaited,
 }
 
 /// Registers the files of one session with the event loop.
@@ -117,6 +119,7 @@ impl Session {
             Source::Child => self.reap(),
             Source::Timer => self.time_is_up(),
             Source::Stdin => self.input.writable = true,
+            Source::Awaited => {}
             Source::Stdout | Source::Stderr => {
                 if flags.contains(EventFlags::OUT) {
                     self.input.writable = true;
@@ -261,13 +264,18 @@ fn watch(running: &Running, timeout_ms: u64, registrar: &Registrar<'_>) -> Resul
 /// A timer that becomes readable once, after `ms` milliseconds.
 pub(crate) fn one_shot(ms: u64) -> Result<OwnedFd, Errno> {
     let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+    set(&timer, ms)?;
+    Ok(timer)
+}
+
+/// Has such a timer become readable once more.
+pub(crate) fn set(timer: &OwnedFd, ms: u64) -> Result<(), Errno> {
     let never = Timespec { tv_sec: 0, tv_nsec: 0 };
     let seconds = i64::try_from(ms / 1000).unwrap_or(i64::MAX);
     // Zero would be never.
     let nanoseconds = ((ms % 1000) as i64 * 1_000_000).max(1);
     let at = Itimerspec { it_interval: never, it_value: Timespec { tv_sec: seconds, tv_nsec: nanoseconds } };
-    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &at)?;
-    Ok(timer)
+    timerfd_settime(timer, TimerfdTimerFlags::empty(), &at).map(|_| ())
 }
 
 /// stdin: what the host sent and the command has not taken.

@@ -14,6 +14,8 @@ mod machine;
 
 #[path = "agent/commands.rs"]
 mod commands;
+#[path = "agent/files.rs"]
+mod files;
 #[path = "agent/namespaces.rs"]
 mod namespaces;
 #[path = "agent/parking.rs"]

@@ -32,6 +32,10 @@ pub const HOST_CID: u32 = 2;
 pub const MAX_PAYLOAD_BYTES: usize = 1 << 20;
 /// The most bytes one data frame may carry; small enough that a control frame never waits long behind it.
 pub const MAX_DATA_BYTES: usize = 32 << 10;
+/// The most bytes that one [`WriteFile`] writes.
+pub const MAX_FILE_PART_BYTES: usize = 256 << 10;
+/// The most bytes of a file that is written by [`WriteFile`].
+pub const MAX_FILE_BYTES: u64 = 1 << 30;
 /// What a sender may send on a stream before the receiver has granted anything.
 pub const INITIAL_CREDIT_BYTES: u64 = 256 << 10;
 /// The guest physical address of the power device's page: exit codes, panic notice and the doorbell.

@@ -9,7 +9,7 @@ use prost::{Enumeration, Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Request {
     /// The one thing asked for. `None` is refused.
-    #[prost(oneof = "Call", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "Call", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub call: Option<Call>,
 }
 
@@ -32,6 +32,62 @@ pub enum Call {
     /// when it cannot be done: the ring is the answer, and the connection is gone by then.
     #[prost(message, tag = "5")]
     Park(Park),
+    /// Writes a part of a file into the guest's root.
+    #[prost(message, tag = "6")]
+    WriteFile(WriteFile),
+    /// Removes a file from the guest's root; one that is not there counts as removed.
+    #[prost(message, tag = "7")]
+    RemoveFile(RemoveFile),
+    /// Is answered when what it names has come about; the caller closes the connection when it has waited long enough.
+    #[prost(message, tag = "8")]
+    Await(Await),
+}
+
+/// Writes a part of a file into the guest's root, as root: at least one, in their order, for any file.
+///
+/// The part at offset 0 makes a new file, in place of one that is there (a link is replaced, not followed), and the
+/// directories above it. Any other continues the file where it ends.
+#[derive(Clone, PartialEq, Message)]
+pub struct WriteFile {
+    /// Where: an absolute path in the guest's root, whose directories may be links.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// The permissions of the file: the lowest 12 bits of `st_mode`.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    /// How many bytes of the file are written already.
+    #[prost(uint64, tag = "3")]
+    pub offset: u64,
+    /// The bytes that follow; at most [`MAX_FILE_PART_BYTES`](crate::MAX_FILE_PART_BYTES).
+    #[prost(bytes = "vec", tag = "4")]
+    pub contents: Vec<u8>,
+}
+
+/// Removes a file.
+#[derive(Clone, PartialEq, Message)]
+pub struct RemoveFile {
+    /// Its absolute path in the guest's root.
+    #[prost(string, tag = "1")]
+    pub path: String,
+}
+
+/// Waits for one thing.
+#[derive(Clone, PartialEq, Message)]
+pub struct Await {
+    /// What is waited for. `None` is refused.
+    #[prost(oneof = "Awaited", tags = "1, 2")]
+    pub awaited: Option<Awaited>,
+}
+
+/// What can be waited for.
+#[derive(Clone, PartialEq, Oneof)]
+pub enum Awaited {
+    /// A process of the guest's listens on this TCP port, whatever its address; a command has been started before.
+    #[prost(uint32, tag = "1")]
+    Port(u32),
+    /// Something has this absolute path.
+    #[prost(string, tag = "2")]
+    File(String),
 }
 
 /// Asks the agent to park.

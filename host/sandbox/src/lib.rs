@@ -26,7 +26,7 @@ pub use kiln_protocol::{Reason, WindowSize};
 pub use kiln_store as store;
 pub use kiln_support::digest::Digest;
 pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram, RestoreTimes};
-pub use snapshot::{Bake, BakeError, SnapshotError, verify};
+pub use snapshot::{Bake, BakeError, HostFile, HostFileError, SnapshotError, Trigger, verify};
 pub use vm::{
     ExecBuilder, ExecError, MEMORY_MIN_MIB, Output, Phase, Times, VCPUS_MAX, Vm, VmBuilder, VmError,
 };

@@ -9,14 +9,18 @@
 //! anew, once.
 
 mod bake;
+mod content;
 mod error;
 mod key;
 mod restore;
+mod service;
 
 use kiln_oci::Image;
 use kiln_store::{Snapshot, SnapshotImage, SnapshotRecord, Store};
 use kiln_support::digest::{Digest, Hasher};
 
+pub(crate) use content::Content;
+pub use content::{HostFile, HostFileError, Trigger};
 pub use error::{BakeError, SnapshotError};
 pub use restore::verify;
 

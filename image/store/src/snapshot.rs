@@ -55,6 +55,9 @@ pub struct SnapshotRecord {
     /// The image that is mounted in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<SnapshotImage>,
+    /// The command that runs in it, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<String>,
     /// The guest's memory.
     pub memory: ObjectId,
     /// Everything else of the machine: a blob.

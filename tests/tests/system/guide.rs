@@ -1,7 +1,8 @@
 //! What README and guide show is what happens.
 //!
 //! In their `console` blocks a line that starts with `$ ` is typed into a shell; below it stand its output, `...` where
-//! more may follow, and the exit code in brackets where it is not 0. Images go by the names readers would use.
+//! more may follow, and the exit code in brackets where it is not 0. Images go by the names readers would use. The examples
+//! of a document share a folder.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -48,6 +49,7 @@ fn check(document: &str, images: &[(&str, Image)]) {
         program().parent().expect("a directory").display(),
         std::env::var("PATH").expect("a search path")
     );
+    let folder = tempfile::tempdir().expect("a folder");
     for example in examples {
         let words = example.command.split(' ').map(|word| {
             images
@@ -58,6 +60,7 @@ fn check(document: &str, images: &[(&str, Image)]) {
         let typed = words.collect::<Vec<_>>().join(" ");
         let mut shell = Command::new("bash");
         shell.args(["-c", &typed]).env("PATH", &path).env("KILN_ROOT", store()).stdin(Stdio::null());
+        shell.current_dir(folder.path());
         let outcome = Outcome::of(&mut shell);
         outcome.code(example.code);
         match example.output.strip_suffix("...\n") {
@@ -77,5 +80,7 @@ fn the_examples_of_the_readme_work() {
 
 #[test]
 fn the_examples_of_the_guide_work() {
-    check("docs/guide/running.md", &[("demo", image::busybox().expect("the image"))]);
+    for document in ["docs/guide/running.md", "docs/guide/baking.md"] {
+        check(document, &[("demo", image::busybox().expect("the image"))]);
+    }
 }

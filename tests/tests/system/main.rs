@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bake;
 mod cli;
 mod clones;
 mod config;

@@ -1,6 +1,5 @@
 //! Making snapshots: each once, whoever asks for it and how many do at once.
 
-use std::ffi::OsString;
 use std::time::{Duration, SystemTime};
 
 use kiln_control::SaveState;
@@ -12,12 +11,13 @@ use kiln_store::{
 use kiln_support::digest::Digest;
 use rustix::time::ClockId;
 
+use super::content::{WarmUp, words};
 use super::key::Keys;
 use super::restore::restore;
+use super::service::Running;
 use super::{Bake, BakeError, Snapshots};
 use crate::agent::{self, AgentError};
 use crate::disk::{Disk, Scratch, ScratchError};
-use crate::launch::Launch;
 use crate::monitor::{Monitor, MonitorError};
 use crate::vm::boot::{self, blocking, clock_ns};
 use crate::vm::{ExecBuilder, Phase, VmBuilder, VmError};
@@ -138,7 +138,7 @@ async fn bake_base(builder: &VmBuilder, store: &Store, key: &Digest) -> Result<S
     let disks = [Disk::placeholder(true), Disk::placeholder(false)];
     let (monitor, _) = boot::boot(builder, &[&disks[0], &disks[1]], |_, _| {}).await?;
     let record = Recipe { key: *key, kind: SnapshotKind::Base, kernel, initramfs };
-    let record = save(builder, &session, monitor, record).await?;
+    let record = save(builder, &session, monitor, record, None).await?;
     finish(&session, &record)
 }
 
@@ -156,22 +156,30 @@ async fn bake_template(
     let (monitor, _) =
         restore(builder, monitor, base, &[&builder.root, &scratch], HOSTNAME, |_, _| {}).await?;
     let monitor = boot::set_up(monitor, builder.setup(), HOSTNAME).await?;
-    for command in &builder.warmups {
+    builder.content.write_files(&monitor).await?;
+    for command in &builder.content.warmups {
+        command.write_script(&monitor).await?;
         warm_up(&monitor, command).await?;
+        command.remove_script(&monitor).await?;
     }
+    let mut service = match &builder.content.service {
+        Some(service) => Some(Running::start(&monitor, service).await?),
+        None => None,
+    };
     let recipe = Recipe {
         key: keys.template,
         kind: SnapshotKind::Template,
         kernel: base.record.kernel,
         initramfs: base.record.initramfs,
     };
-    let record = save(builder, &session, monitor, recipe).await?;
+    let record = save(builder, &session, monitor, recipe, service.as_mut()).await?;
     let scratch = match draft {
         // The monitor is gone, and with it everybody who could write to the disk.
         Some(draft) => Some(blocking(move || draft.adopt()).await.map_err(BakeError::Store)?),
         None => None,
     };
-    finish(&session, &SnapshotRecord { scratch, image: Some(snapshots.image.clone()), ..record })
+    let service = builder.content.service.as_ref().map(|service| words(&service.launch));
+    finish(&session, &SnapshotRecord { scratch, service, image: Some(snapshots.image.clone()), ..record })
 }
 
 /// Puts the record, after all it names, and opens what it stands for while the session still keeps it.
@@ -196,16 +204,13 @@ async fn scratch(builder: &VmBuilder, session: &Session) -> Result<(Option<Draft
     Ok((Some(draft), Disk::writable(file, size_bytes)))
 }
 
-async fn warm_up(monitor: &Monitor, command: &Launch) -> Result<(), VmError> {
-    let shown = || {
-        let words: Vec<_> = command.argv.iter().map(|word| word.to_string_lossy().into_owned()).collect();
-        format!("'{}'", words.join(" "))
-    };
-    let argv: Vec<OsString> = command.argv.clone();
-    let exec = ExecBuilder::new(monitor, argv)
-        .env(command.env.iter())
-        .cwd(&command.workdir)
-        .user(&command.user)
+async fn warm_up(monitor: &Monitor, warmup: &WarmUp) -> Result<(), VmError> {
+    let shown = || warmup.shown();
+    let launch = &warmup.launch;
+    let exec = ExecBuilder::new(monitor, launch.argv.clone())
+        .env(launch.env.iter())
+        .cwd(&launch.workdir)
+        .user(&launch.user)
         .for_warm_up();
     let output = exec
         .output()
@@ -233,8 +238,12 @@ async fn save(
     session: &Session,
     monitor: Monitor,
     recipe: Recipe,
+    service: Option<&mut Running<'_>>,
 ) -> Result<SnapshotRecord, VmError> {
-    let monitor = park(monitor).await?;
+    let monitor = match service {
+        Some(service) => service.until(park(monitor)).await?,
+        None => park(monitor).await?,
+    };
     let written = write(session, &monitor, &recipe).await;
     // It is waited for either way: while it lives, it keeps the files it was given, and their room.
     monitor.stop().await;
@@ -245,6 +254,7 @@ async fn save(
         kind,
         name: None,
         image: None,
+        service: None,
         memory,
         state,
         scratch: None,

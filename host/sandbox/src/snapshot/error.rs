@@ -1,6 +1,7 @@
 //! What can go wrong with snapshots.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kiln_snapshot::LoadError;
@@ -88,6 +89,51 @@ pub enum BakeError {
         /// The last of what it wrote.
         output: String,
     },
+    /// A file could not be written into the guest, or taken out of it.
+    #[error("cannot put the file {path} into the guest")]
+    File {
+        /// Its path in the guest.
+        path: String,
+        /// Why not.
+        #[source]
+        source: AgentError,
+    },
+    /// A file of the host's is not what it was when the bake began.
+    #[error("{} has changed while it was copied", .0.display())]
+    Changed(PathBuf),
+    /// The command that is to run in the snapshot could not, or its end is not known.
+    #[error("cannot run {command}")]
+    Service {
+        /// The command.
+        command: String,
+        /// Why not.
+        #[source]
+        source: Box<ExecError>,
+    },
+    /// The command that is to run in the snapshot ended.
+    #[error("{command} {} and was not ready: no {missing}; {output}", ended(*status))]
+    ServiceEnded {
+        /// The command.
+        command: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// What would have said that it is ready.
+        missing: String,
+        /// The last of what it wrote.
+        output: String,
+    },
+    /// The command that is to run in the snapshot was not ready in time.
+    #[error("{command} was not ready within {seconds} s: no {missing}; {output}")]
+    NotReady {
+        /// The command.
+        command: String,
+        /// The limit.
+        seconds: f64,
+        /// What would have said that it is ready.
+        missing: String,
+        /// The last of what it wrote.
+        output: String,
+    },
     /// The host name is none that a restored guest can be given.
     #[error("'{0}' is not a host name")]
     Hostname(String),
@@ -113,6 +159,10 @@ fn ended(status: ExitStatus) -> String {
 }
 
 impl BakeError {
+    pub(super) fn read(path: &Path, source: io::Error) -> Self {
+        Self::Host { action: "read", what: path.display().to_string(), source }
+    }
+
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
@@ -120,8 +170,13 @@ impl BakeError {
             Self::NotParked(end) => end.blame(),
             Self::ParkOverdue(_) => Blame::Guest,
             Self::Save(_) | Self::Store(_) | Self::Host { .. } => Blame::Host,
-            Self::Warmup { source, .. } => source.blame(),
-            Self::WarmupFailed { .. } | Self::Hostname(_) => Blame::Caller,
+            Self::Warmup { source, .. } | Self::Service { source, .. } => source.blame(),
+            Self::File { source, .. } => source.blame(),
+            Self::WarmupFailed { .. }
+            | Self::Changed(_)
+            | Self::ServiceEnded { .. }
+            | Self::NotReady { .. }
+            | Self::Hostname(_) => Blame::Caller,
         }
     }
 
@@ -130,9 +185,10 @@ impl BakeError {
         match self {
             Self::NotParked(end)
             | Self::Park(AgentError::MachineEnded(end))
+            | Self::File { source: AgentError::MachineEnded(end), .. }
             | Self::Save(MonitorError::Ended(end)) => Some(end),
             Self::ParkOverdue(end) => Some(end),
-            Self::Warmup { source, .. } => source.machine_end(),
+            Self::Warmup { source, .. } | Self::Service { source, .. } => source.machine_end(),
             _ => None,
         }
     }

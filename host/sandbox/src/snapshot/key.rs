@@ -10,8 +10,10 @@ use kiln_snapshot::FORMAT_VERSION;
 use kiln_support::digest::{Digest, Hasher};
 use prost::Message;
 
+use super::content::Trigger;
 use super::{BakeError, Snapshots};
 use crate::disk::{DISK_CAPACITY_BYTES, Scratch};
+use crate::launch::Launch;
 use crate::vm::{GUEST_CID, VmBuilder};
 
 /// Counts changes of how Kiln bakes that nothing else in a key shows.
@@ -76,17 +78,48 @@ fn template(base: Digest, builder: &VmBuilder, snapshots: &Snapshots) -> Digest 
         Scratch::Disk { size_bytes, .. } => key.number(size_bytes),
         Scratch::Memory | Scratch::ReadOnly => key.text("none"),
     }
-    for warmup in &builder.warmups {
-        for words in [&warmup.argv, &warmup.env] {
-            key.number(words.len() as u64);
-            for word in words {
-                key.bytes(word.as_bytes());
+    let content = &builder.content;
+    key.number(content.files.len() as u64);
+    for (file, path) in &content.files {
+        key.bytes(file.digest.as_bytes());
+        key.number(file.mode.into());
+        key.text(path);
+    }
+    key.number(content.warmups.len() as u64);
+    for warmup in &content.warmups {
+        launch(&mut key, &warmup.launch);
+        key.bytes(warmup.script.as_ref().map_or(&[], |script| script.digest.as_bytes()));
+    }
+    if let Some(service) = &content.service {
+        launch(&mut key, &service.launch);
+        match &service.trigger {
+            Trigger::Port(port) => {
+                key.text("port");
+                key.number((*port).into());
+            }
+            Trigger::File(path) => {
+                key.text("file");
+                key.text(path);
+            }
+            Trigger::Log(text) => {
+                key.text("log");
+                key.text(text);
             }
         }
-        key.text(&warmup.user);
-        key.text(&warmup.workdir);
     }
     key.finish()
+}
+
+/// How a command runs.
+fn launch(key: &mut Key, launch: &Launch) {
+    for words in [&launch.argv, &launch.env] {
+        key.number(words.len() as u64);
+        for word in words {
+            key.bytes(word.as_bytes());
+        }
+    }
+    key.text(&launch.user);
+    key.text(&launch.workdir);
 }
 
 /// What of this host decides: its processors, its kernel, and the program that monitors are made from.
@@ -166,9 +199,10 @@ impl Key {
 mod tests {
     use super::*;
     use crate::disk::Disk;
-    use crate::launch::Launch;
+    use crate::snapshot::HostFile;
     use crate::{BuiltIn, GuestBundle, Vm};
     use kiln_store::{SnapshotImage, Store};
+    use std::time::Duration;
 
     fn snapshots(folder: &Path) -> Snapshots {
         Snapshots {
@@ -214,7 +248,32 @@ mod tests {
             assert_ne!(known.template, other.template);
         }
         let disk = |size_bytes| Scratch::Disk { folder: folder.path().into(), size_bytes };
-        let others = [
+        let file = |contents: &str| {
+            let path = folder.path().join("file");
+            fs::write(&path, contents).expect("written");
+            HostFile::open(&path).expect("a file")
+        };
+        let other_mode = || {
+            let mut file = file("a");
+            file.mode = 0o4755;
+            file
+        };
+        let second = Duration::from_secs(1);
+        let service = |word, trigger| plain().service(warm(word), trigger, second);
+        let others = vec![
+            plain().extra_file(file("a"), "/a"),
+            plain().extra_file(file("b"), "/a"),
+            plain().extra_file(file("a"), "/b"),
+            plain().extra_file(other_mode(), "/a"),
+            plain().extra_file(file("a"), "/a").extra_file(file("a"), "/a"),
+            plain().warm_up_by_script(file("a"), warm("one")),
+            plain().warm_up_by_script(file("b"), warm("one")),
+            plain().warm_up_by_script(file("#!a"), warm("one")),
+            service("one", Trigger::Port(1)),
+            service("two", Trigger::Port(1)),
+            service("one", Trigger::Port(2)),
+            service("one", Trigger::File("/a".into())),
+            service("one", Trigger::Log("/a".into())),
             plain().scratch(disk(1 << 30)),
             plain().scratch(disk(2 << 30)),
             plain().scratch(Scratch::ReadOnly),
@@ -232,6 +291,8 @@ mod tests {
             assert!(!seen.contains(&other.template));
             seen.push(other.template);
         }
+        let patient = plain().service(warm("one"), Trigger::Port(1), Duration::from_mins(1));
+        assert_eq!(keys(service("one", Trigger::Port(1))), keys(patient), "what is waited does not matter");
         let another_image = Snapshots { content: Digest::of("other"), ..snapshots.clone() };
         assert!(!seen.contains(&Keys::of(&plain(), &another_image).expect("keys").template));
     }

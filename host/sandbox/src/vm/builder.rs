@@ -13,9 +13,8 @@ use super::boot::{self, clock_ns};
 use super::{MEMORY_MIN_MIB, Phase, Times, VCPUS_MAX, Vm, VmError};
 use crate::GuestBundle;
 use crate::disk::{Disk, Scratch};
-use crate::launch::Launch;
 use crate::monitor::{LineListener, Monitor, MonitorProgram};
-use crate::snapshot::{self, Bake, Snapshots};
+use crate::snapshot::{self, Bake, Content, Snapshots};
 
 type PhaseObserver = Arc<dyn Fn(Phase, u64) + Send + Sync>;
 type BakeObserver = Arc<dyn Fn(Bake<'_>) + Send + Sync>;
@@ -39,7 +38,7 @@ pub struct VmBuilder {
     bakes: Option<BakeObserver>,
     snapshots: Option<Snapshots>,
     source: Option<(Store, SnapshotRecord)>,
-    pub(crate) warmups: Vec<Launch>,
+    pub(crate) content: Content,
 }
 
 impl VmBuilder {
@@ -62,7 +61,7 @@ impl VmBuilder {
             bakes: None,
             snapshots: None,
             source: None,
-            warmups: Vec::new(),
+            content: Content::default(),
         }
     }
 
@@ -155,13 +154,6 @@ impl VmBuilder {
     /// set-up are the snapshot's, whatever is asked for here; a scratch disk is asked for when the snapshot has one.
     pub fn from_snapshot(mut self, store: &Store, record: SnapshotRecord) -> Self {
         self.source = Some((store.clone(), record));
-        self
-    }
-
-    /// Adds a command that runs to its end before the snapshot is made, so that machines start with what it leaves: files,
-    /// memory, caches. It is part of what the snapshot is known by.
-    pub fn warm_up(mut self, command: Launch) -> Self {
-        self.warmups.push(command);
         self
     }
 

@@ -27,6 +27,7 @@ pub(crate) fn snapshot_of(image: &ImageRecord, seed: u64) -> SnapshotRecord {
         kind: SnapshotKind::Template,
         name: None,
         image: Some(SnapshotImage { reference: "one".into(), manifest: image.manifest }),
+        service: None,
         memory: ObjectId(Digest::EMPTY),
         state: Digest::EMPTY,
         scratch: Some(ObjectId(Digest::EMPTY)),

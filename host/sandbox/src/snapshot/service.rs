@@ -1,0 +1,211 @@
+//! A command that is left running for the snapshot: started, waited for until it is ready, and kept until the guest is
+//! parked.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kiln_protocol::{Await, Awaited, Call};
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::BakeError;
+use super::content::{Service, Trigger, ask, shown};
+use crate::agent::{Child, ExitStatus};
+use crate::monitor::Monitor;
+use crate::vm::{ExecBuilder, ExecError, VmError};
+
+/// How much of what it wrote is shown, in bytes.
+const TAIL_BYTES: usize = 2000;
+/// How much of its output is read at a time.
+const READ_BYTES: usize = 32 << 10;
+
+/// A service that runs and is ready. The guest kills it when this is dropped before the guest is parked.
+pub(super) struct Running<'a> {
+    service: &'a Service,
+    child: Child,
+    output: Arc<Mutex<VecDeque<u8>>>,
+    /// Those who read what it writes; they end with this.
+    readers: JoinSet<()>,
+    written: watch::Receiver<bool>,
+}
+
+impl<'a> Running<'a> {
+    /// Starts it and waits until it is ready.
+    pub(super) async fn start(monitor: &Monitor, service: &'a Service) -> Result<Self, VmError> {
+        let mut running = Self::spawn(monitor, service).await?;
+        let Self { child, written, .. } = &mut running;
+        let ready = async {
+            let awaited = match &service.trigger {
+                Trigger::Port(port) => Awaited::Port((*port).into()),
+                Trigger::File(path) => Awaited::File(path.clone()),
+                Trigger::Log(_) => {
+                    if written.wait_for(|found| *found).await.is_err() {
+                        // It has closed its streams, and will not write it any more; it may still end.
+                        std::future::pending::<()>().await;
+                    }
+                    return Ok(());
+                }
+            };
+            ask(monitor, Call::Await(Await { awaited: Some(awaited) })).await
+        };
+        let outcome = tokio::select! {
+            biased;
+            ended = child.wait() => Err(Some(ended)),
+            ready = ready => Ok(ready),
+            () = tokio::time::sleep(service.limit) => Err(None),
+        };
+        match outcome {
+            Ok(Ok(())) => Ok(running),
+            Ok(Err(error)) => Err(running.failed(error.into()).into()),
+            Err(Some(ended)) => Err(running.has_ended(ended).await.into()),
+            Err(None) => Err(BakeError::NotReady {
+                command: shown(&service.launch),
+                seconds: service.limit.as_secs_f64(),
+                missing: service.trigger.shown(),
+                output: running.said(),
+            }
+            .into()),
+        }
+    }
+
+    async fn spawn(monitor: &Monitor, service: &'a Service) -> Result<Self, BakeError> {
+        let launch = &service.launch;
+        let exec = ExecBuilder::new(monitor, launch.argv.clone())
+            .env(launch.env.iter())
+            .cwd(&launch.workdir)
+            .user(&launch.user);
+        let command = || shown(launch);
+        let mut child = exec
+            .spawn()
+            .await
+            .map_err(|source| BakeError::Service { command: command(), source: Box::new(source) })?;
+        let output = Arc::new(Mutex::new(VecDeque::new()));
+        let (found, written) = watch::channel(false);
+        let mut readers = JoinSet::new();
+        let search = || match &service.trigger {
+            Trigger::Log(text) => Some(Search::new(text.as_bytes())),
+            Trigger::Port(_) | Trigger::File(_) => None,
+        };
+        if let Some(stdout) = child.stdout.take() {
+            readers.spawn(read(stdout, Arc::clone(&output), search(), found.clone()));
+        }
+        if let Some(stderr) = child.stderr.take() {
+            readers.spawn(read(stderr, Arc::clone(&output), search(), found));
+        }
+        Ok(Self { service, child, output, readers, written })
+    }
+
+    /// Waits for what is done to its guest, which is to outlast nothing: when the service ends first, that is the outcome.
+    pub(super) async fn until<T>(
+        &mut self,
+        done: impl Future<Output = Result<T, VmError>>,
+    ) -> Result<T, VmError> {
+        let ended = tokio::select! {
+            biased;
+            ended = self.child.wait() => ended,
+            done = done => return done,
+        };
+        Err(self.has_ended(ended).await.into())
+    }
+
+    async fn has_ended(&mut self, ended: Result<ExitStatus, crate::AgentError>) -> BakeError {
+        match ended {
+            Ok(status) => {
+                // All it wrote has arrived, and the readers end with it.
+                while self.readers.join_next().await.is_some() {}
+                BakeError::ServiceEnded {
+                    command: shown(&self.service.launch),
+                    status,
+                    missing: self.service.trigger.shown(),
+                    output: self.said(),
+                }
+            }
+            Err(error) => self.failed(error.into()),
+        }
+    }
+
+    fn failed(&self, source: ExecError) -> BakeError {
+        BakeError::Service { command: shown(&self.service.launch), source: Box::new(source) }
+    }
+
+    /// The last of what it wrote, as it is shown behind an error.
+    fn said(&self) -> String {
+        let output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes: Vec<u8> = output.iter().copied().collect();
+        match String::from_utf8_lossy(&bytes).trim_end() {
+            "" => "it wrote nothing".to_owned(),
+            text => format!("it wrote: {text}"),
+        }
+    }
+}
+
+async fn read(
+    mut stream: impl AsyncRead + Unpin,
+    output: Arc<Mutex<VecDeque<u8>>>,
+    mut search: Option<Search>,
+    found: watch::Sender<bool>,
+) {
+    let mut buffer = vec![0; READ_BYTES];
+    while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+        let bytes = &buffer[..count];
+        {
+            let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+            output.extend(bytes);
+            let surplus = output.len().saturating_sub(TAIL_BYTES);
+            output.drain(..surplus);
+        }
+        if search.as_mut().is_some_and(|search| search.finds(bytes)) {
+            found.send_replace(true);
+            search = None;
+        }
+    }
+}
+
+/// Looks for a text in a stream that comes in pieces.
+struct Search {
+    text: Vec<u8>,
+    /// The end of what came before, shorter than the text.
+    kept: Vec<u8>,
+}
+
+impl Search {
+    fn new(text: &[u8]) -> Self {
+        Self { text: text.to_owned(), kept: Vec::new() }
+    }
+
+    fn finds(&mut self, piece: &[u8]) -> bool {
+        self.kept.extend_from_slice(piece);
+        if self.kept.windows(self.text.len().max(1)).any(|window| window == self.text) {
+            return true;
+        }
+        let surplus = self.kept.len().saturating_sub(self.text.len().saturating_sub(1));
+        self.kept.drain(..surplus);
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_found_however_a_stream_is_cut() {
+        let stream = b"abcabd ready\nready";
+        for size in 1..=stream.len() {
+            for (text, is_there) in
+                [("abd", true), ("abcabd ready\nready", true), ("readyy", false), ("y", true)]
+            {
+                let mut search = Search::new(text.as_bytes());
+                let found = stream.chunks(size).any(|piece| search.finds(piece));
+                assert_eq!(found, is_there, "{text} in pieces of {size}");
+                assert!(search.kept.len() <= stream.len());
+            }
+        }
+        let mut search = Search::new(b"never");
+        for _ in 0..1000 {
+            assert!(!search.finds(b"neve"));
+            assert!(search.kept.len() < 5);
+        }
+    }
+}
