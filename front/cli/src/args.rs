@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::quantity::{self, MemoryMib};
+use crate::vm::args::Vm;
 
 /// Runs OCI images as hardware-isolated microVMs, as easily as processes.
 #[derive(Debug, Parser)]
@@ -71,6 +72,9 @@ pub(crate) enum Command {
     /// Look at, check and remove saved guests
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Snapshot(Snapshot),
+    /// Machines that stay: start, pause, save, fork and stop them, and run commands in them
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Vm(Vm),
     /// Check what this host offers: each fact with its consequence and the fix
     Doctor(Doctor),
     /// Show the versions of Kiln, its guest kernel and its agent

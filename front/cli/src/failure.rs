@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt::Write as _;
 
+use kiln::detached::DetachedError;
 use kiln::image::PullError;
 use kiln::store::StoreError;
 use kiln::{Blame, BundleError, ExecError, MachineEnd, VmError};
@@ -19,12 +20,14 @@ pub(crate) struct Failure {
     blame: Blame,
     hint: Option<String>,
     console: Vec<String>,
+    /// All of it in words already.
+    report: Option<String>,
 }
 
 impl Failure {
     /// A failure without a hint.
     pub(crate) fn new(blame: Blame, what: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { what: what.into(), blame, hint: None, console: Vec::new() }
+        Self { what: what.into(), blame, hint: None, console: Vec::new(), report: None }
     }
 
     /// The caller's mistake.
@@ -35,6 +38,16 @@ impl Failure {
     /// Something the host did not give.
     pub(crate) fn host(what: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::new(Blame::Host, what)
+    }
+
+    /// A failure that another process of this program has put into words; `code` is the exit code it has.
+    pub(crate) fn reported(report: String, code: u8) -> Self {
+        let blame = match code {
+            1 => Blame::Caller,
+            3 => Blame::Host,
+            _ => Blame::Kiln,
+        };
+        Self { report: Some(report), ..Self::new(blame, "a process of this program failed") }
     }
 
     /// Adds what would help.
@@ -54,6 +67,9 @@ impl Failure {
 
     /// The text for stderr: `error:` with its causes, the guest's last words, `hint:`.
     pub(crate) fn report(&self) -> String {
+        if let Some(report) = &self.report {
+            return report.clone();
+        }
         let mut text = format!("error: {}\n", printable(&self.what.to_string()));
         let mut said = self.what.to_string();
         let mut cause = self.what.source();
@@ -106,7 +122,18 @@ impl From<VmError> for Failure {
 impl From<ExecError> for Failure {
     fn from(error: ExecError) -> Self {
         let failure = Self::new(error.blame(), error.to_string()).with_machine(error.machine_end());
-        Self { what: error.into(), ..failure }
+        let hint = match &error {
+            ExecError::Kept(error) => error.hint(),
+            _ => failure.hint,
+        };
+        Self { what: error.into(), hint, ..failure }
+    }
+}
+
+impl From<DetachedError> for Failure {
+    fn from(error: DetachedError) -> Self {
+        let hint = error.hint();
+        Self { hint, ..Self::new(error.blame(), error) }
     }
 }
 

@@ -18,6 +18,7 @@ mod snapshots;
 mod streams;
 mod terminal;
 mod version;
+mod vm;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -55,7 +56,11 @@ pub fn main(build: Build) -> ExitCode {
         Err(error) => return usage(&error),
     };
     let context = Context { build, global: cli.global };
-    let runs_a_command = matches!(cli.command, Command::Run(_));
+    let runs_a_command = match &cli.command {
+        Command::Run(_) => true,
+        Command::Vm(args) => args.command.runs_a_command(),
+        _ => false,
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return finish(Err(Failure::host(error)), runs_a_command),
@@ -83,6 +88,7 @@ async fn dispatch(context: &Context, command: Command) -> Result<u8, Failure> {
             SnapshotCommand::Rm { snapshots } => return snapshots::remove(context, &snapshots),
             SnapshotCommand::Verify { snapshots } => return snapshots::verify(context, &snapshots),
         },
+        Command::Vm(args) => return vm::vm(context, args.command).await,
         Command::Doctor(args) => return doctor::doctor(context, args.json).await,
         Command::Version(args) => version::version(context, args.json)?,
         Command::Completion { shell } => {
@@ -111,8 +117,12 @@ fn usage(error: &clap::Error) -> ExitCode {
     if error.exit_code() == 0 {
         return ExitCode::SUCCESS;
     }
-    let runs_a_command = std::env::args_os().skip(1).find(|word| !word.as_encoded_bytes().starts_with(b"-"));
-    if runs_a_command.is_some_and(|word| word == "run") { run::FAILED.into() } else { 2.into() }
+    let mut words = std::env::args_os().skip(1).filter(|word| !word.as_encoded_bytes().starts_with(b"-"));
+    let runs_a_command = match words.next() {
+        Some(word) if word == "vm" => words.next().is_some_and(|word| word == "exec"),
+        word => word.is_some_and(|word| word == "run"),
+    };
+    if runs_a_command { run::FAILED.into() } else { 2.into() }
 }
 
 /// What every command needs to know.

@@ -57,7 +57,7 @@ pub(crate) fn named_snapshot(store: &Store, name: &str) -> Result<Option<(Snapsh
     let Some(image) = &record.image else {
         return Err(Failure::caller(format!("the snapshot {name} has no image, so there is nothing to run")));
     };
-    let image = kiln::image::find(store, &image.manifest.hex(), None)?;
+    let image = kiln::image::open(store, &image.reference, &image.manifest)?;
     Ok(Some((record, image)))
 }
 

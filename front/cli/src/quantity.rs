@@ -86,6 +86,15 @@ pub(crate) fn hostname(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Reads the name of a VM.
+pub(crate) fn vm_name(text: &str) -> Result<String, String> {
+    if kiln::detached::is_vm_name(text) {
+        return Ok(text.to_owned());
+    }
+    Err("a name begins with a letter or digit, has letters, digits and -_., and at most 63 of them"
+        .to_owned())
+}
+
 /// Reads the name of a snapshot.
 pub(crate) fn snapshot_name(text: &str) -> Result<String, String> {
     if kiln::store::is_snapshot_name(text) {

@@ -16,8 +16,8 @@ use crate::{Context, environment, images, machine, progress, streams};
 
 /// What `run` ends with when not the command but Kiln or its host failed.
 pub(crate) const FAILED: u8 = 125;
-const NOT_EXECUTABLE: u8 = 126;
-const NOT_FOUND: u8 = 127;
+pub(crate) const NOT_EXECUTABLE: u8 = 126;
+pub(crate) const NOT_FOUND: u8 = 127;
 const KILLED: u8 = 128 + 9;
 /// How often `-v` is given for the guest's console to be shown.
 const SHOW_CONSOLE: u8 = 2;
@@ -145,14 +145,17 @@ fn console(context: &Context, builder: VmBuilder) -> Result<VmBuilder, Failure> 
 }
 
 /// Twelve hexadecimal digits, as Docker names its containers.
-fn random_name() -> io::Result<String> {
+pub(crate) fn random_name() -> io::Result<String> {
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes[2..])?;
     Ok(format!("{:012x}", u64::from_be_bytes(bytes)))
 }
 
 /// Carries streams and signals until the command's end.
-async fn attend(
+///
+/// # Errors
+/// When the command's end is not known, or its output cannot be written.
+pub(crate) async fn attend(
     mut child: Child,
     launch: &Launch,
     signals: &mut Signals,

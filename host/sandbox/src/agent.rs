@@ -17,6 +17,7 @@ use prost::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 pub use child::{Child, ChildStderr, ChildStdin, ChildStdout, ExitStatus};
+pub(crate) use child::{Streams, ask_to_start};
 
 use crate::Blame;
 use crate::monitor::{EndWatch, MachineEnd};

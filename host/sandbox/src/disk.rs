@@ -115,7 +115,7 @@ pub(crate) fn scratch_copy(folder: &Path, from: &File) -> Result<Disk, ScratchEr
 }
 
 /// A file that no folder lists, so that it is gone with its last user.
-fn nameless_file(folder: &Path) -> io::Result<File> {
+pub(crate) fn nameless_file(folder: &Path) -> io::Result<File> {
     let flags = rustix::fs::OFlags::TMPFILE | rustix::fs::OFlags::EXCL;
     OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags.bits() as i32).open(folder)
 }

@@ -10,6 +10,7 @@
 pub mod agent;
 mod blame;
 pub mod bundle;
+pub mod detached;
 mod disk;
 pub mod launch;
 pub mod monitor;
@@ -28,5 +29,6 @@ pub use kiln_support::digest::Digest;
 pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram, RestoreTimes};
 pub use snapshot::{Bake, BakeError, HostFile, HostFileError, SnapshotError, Trigger, verify};
 pub use vm::{
-    ExecBuilder, ExecError, MEMORY_MIN_MIB, Output, Phase, Times, VCPUS_MAX, Vm, VmBuilder, VmError,
+    ExecBuilder, ExecError, MEMORY_MIN_MIB, MachineCopy, Output, Phase, Standstill, Times, VCPUS_MAX, Vm,
+    VmBuilder, VmError,
 };

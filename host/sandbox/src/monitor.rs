@@ -10,7 +10,7 @@
 //! [`Monitor`] ends the machine: the process is killed, and should the host itself be killed, the monitor reads the
 //! end of the channel and goes by itself.
 
-mod channel;
+pub(crate) mod channel;
 mod end;
 mod life;
 mod orders;
@@ -24,7 +24,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_control::{ChannelError, Command, Connect, Do, Happened, Stop};
+use kiln_control::{ChannelError, Command, Connect, Do, Event, Happened, Stop};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
@@ -82,6 +82,9 @@ pub struct Monitor {
     watcher: JoinHandle<()>,
     /// Held while an order that has an answer is under way, so that the next answer is its own.
     answer: tokio::sync::Mutex<()>,
+    /// Held together while requests to the agent are under way, and alone while the guest parks: it forgets requests that it
+    /// has not answered.
+    pub(crate) requests: tokio::sync::RwLock<()>,
 }
 
 /// Why a monitor could not be started or spoken to.
@@ -154,7 +157,13 @@ impl Monitor {
         let stderr = child.stderr.take();
         let watcher =
             tokio::spawn(watch_over(Arc::clone(&channel), child, keep_tail(stderr, listener), life_sender));
-        Ok(Self { channel, life, watcher, answer: tokio::sync::Mutex::default() })
+        Ok(Self {
+            channel,
+            life,
+            watcher,
+            answer: tokio::sync::Mutex::default(),
+            requests: tokio::sync::RwLock::default(),
+        })
     }
 
     /// Connects a stream to a vsock port of the guest.
@@ -175,12 +184,17 @@ impl Monitor {
     ///
     /// A monitor that does not obey within 5 s is killed.
     pub async fn stop(self) -> MachineEnd {
+        self.pull_the_plug().await.unwrap_or_default()
+    }
+
+    /// The same for one who shares the machine; `None` when the monitor did not obey.
+    pub(crate) async fn pull_the_plug(&self) -> Option<MachineEnd> {
         let stopping = async {
             // One that cannot be told is gone already, and its end says how.
             let _ = self.send(Do::Stop(Stop {}), &[]).await;
             MachineEnd::clone(&*self.ended().await)
         };
-        tokio::time::timeout(EXIT_LIMIT, stopping).await.unwrap_or_default()
+        tokio::time::timeout(EXIT_LIMIT, stopping).await.ok()
     }
 
     async fn send(&self, call: Do, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
@@ -228,7 +242,8 @@ async fn watch_over(
 /// Publishes events as they come. `None` when the channel closed or broke before a last event.
 async fn read_events(channel: &AsyncChannel, life: &watch::Sender<Life>) -> Option<MachineEnd> {
     loop {
-        let event = channel.receive().await.ok()?;
+        // Its descriptors, of which there are none in this version, are closed.
+        let (event, _) = channel.receive::<Event>().await.ok()?;
         match event.happened {
             Some(Happened::Ended(ended)) => return Some(MachineEnd::from(ended)),
             Some(Happened::Failed(failed)) => return Some(MachineEnd::from(failed)),

@@ -24,9 +24,20 @@ pub use content::{HostFile, HostFileError, Trigger};
 pub use error::{BakeError, SnapshotError};
 pub use restore::verify;
 
+use crate::disk::Disk;
 use crate::monitor::{Monitor, RestoreTimes};
 use crate::vm::{VmBuilder, VmError};
 use key::Keys;
+
+/// A machine that was made from a snapshot.
+pub(crate) struct Restored {
+    pub(crate) monitor: Monitor,
+    pub(crate) times: RestoreTimes,
+    /// The disk for its changes.
+    pub(crate) scratch: Disk,
+    /// What it was made from.
+    pub(crate) record: SnapshotRecord,
+}
 
 /// Where snapshots are kept, and of which image.
 #[derive(Clone, Debug)]
@@ -70,10 +81,7 @@ pub enum Bake<'a> {
 }
 
 /// Makes a machine from the template of its image, which is baked where there is none, or none that this host can use.
-pub(crate) async fn start(
-    builder: &VmBuilder,
-    snapshots: &Snapshots,
-) -> Result<(Monitor, RestoreTimes), VmError> {
+pub(crate) async fn start(builder: &VmBuilder, snapshots: &Snapshots) -> Result<Restored, VmError> {
     let keys = Keys::of(builder, snapshots)?;
     let template = bake::template(builder, snapshots, &keys, None).await?;
     match restore::machine(builder, &template).await {
@@ -94,9 +102,14 @@ pub(crate) async fn start_from(
     builder: &VmBuilder,
     store: &Store,
     record: &SnapshotRecord,
-) -> Result<(Monitor, RestoreTimes), VmError> {
+) -> Result<Restored, VmError> {
     let snapshot = store.open_snapshot(&record.key).map_err(BakeError::Store)?;
     restore::machine(builder, &snapshot.ok_or(SnapshotError::Gone)?).await
+}
+
+/// Makes a machine from a copy of another.
+pub(crate) async fn start_from_copy(builder: &VmBuilder, copy: &Snapshot) -> Result<Restored, VmError> {
+    restore::machine(builder, copy).await
 }
 
 /// Makes sure that there is a template, and gives it a name.

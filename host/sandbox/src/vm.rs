@@ -2,17 +2,25 @@
 
 pub(crate) mod boot;
 mod builder;
-mod exec;
+mod copying;
+pub(crate) mod exec;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
+use kiln_protocol::{AGENT_PORT, Call, PowerOff};
 use kiln_rootfs::ScratchError as FormatError;
 
+use tokio::net::UnixStream;
+
 pub use builder::VmBuilder;
+pub use copying::{MachineCopy, Standstill};
 pub use exec::{ExecBuilder, ExecError, Output};
 
-use crate::agent::AgentError;
+use copying::Origin;
+
+use crate::agent::{self, AgentError};
 use crate::disk::{Disk, ScratchError};
 use crate::monitor::{BootTimes, MachineEnd, Monitor, MonitorError, RestoreTimes};
 use crate::snapshot::{BakeError, SnapshotError};
@@ -22,6 +30,8 @@ use crate::{Blame, BundleError, GuestBundle};
 pub const MEMORY_MIN_MIB: u32 = 64;
 /// The most vCPUs a machine may have.
 pub const VCPUS_MAX: u32 = 16;
+/// How long a guest may take to end beyond the grace that its processes have.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
 /// Every machine has its vsock to itself, so every guest has the same context id.
 pub(crate) const GUEST_CID: u64 = 3;
 
@@ -65,11 +75,27 @@ impl Phase {
     }
 }
 
-/// A running virtual machine with its root mounted; dropping it ends it.
+/// A virtual machine with its root mounted; dropping it ends it.
+///
+/// ```text
+/// start ─▶ running ──pause──▶ paused ─▶ ended
+///           │  ▲ └─copied─▶│    │
+///           │  └──resume───┴────┘
+///           └──stop, power_off, or the guest ends──▶ ended
+/// ```
 #[derive(Debug)]
 pub struct Vm {
-    monitor: Monitor,
+    machine: Arc<Machine>,
     times: Times,
+}
+
+/// What a machine's handle shares with a copy of it that is under way.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    monitor: Monitor,
+    origin: Origin,
+    /// Held by who stops the machine or lets it go on. True while it stands still because its owner wants it so.
+    paused: tokio::sync::Mutex<bool>,
 }
 
 /// When a machine passed which step on its way up.
@@ -114,13 +140,18 @@ pub enum VmError {
     /// No snapshot could be made.
     #[error(transparent)]
     Bake(#[from] BakeError),
+    /// A paused machine was to be copied: its guest cannot make itself ready for it.
+    #[error("the machine is paused")]
+    Paused,
 }
 
 impl VmError {
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Shape(_) | Self::Scratch(ScratchError::Format(FormatError::Size { .. })) => Blame::Caller,
+            Self::Shape(_) | Self::Paused | Self::Scratch(ScratchError::Format(FormatError::Size { .. })) => {
+                Blame::Caller
+            }
             Self::Monitor(MonitorError::Ended(end)) => end.blame(),
             Self::Monitor(MonitorError::Channel(_)) => Blame::Kiln,
             Self::Monitor(_) | Self::Scratch(_) | Self::Entropy(_) | Self::Bundle(_) => Blame::Host,
@@ -155,7 +186,12 @@ impl Vm {
         I: IntoIterator,
         I::Item: Into<std::ffi::OsString>,
     {
-        ExecBuilder::new(&self.monitor, argv.into_iter().map(Into::into).collect())
+        ExecBuilder::new(&self.machine.monitor, argv.into_iter().map(Into::into).collect())
+    }
+
+    /// Starts a command as it came from another process.
+    pub(crate) async fn start_exec(&self, exec: kiln_protocol::Exec) -> Result<(UnixStream, u32), ExecError> {
+        exec::start(&self.machine.monitor, exec).await
     }
 
     /// When the machine passed which step on its way up.
@@ -165,11 +201,70 @@ impl Vm {
 
     /// Waits for the end of the machine, however it comes.
     pub async fn ended(&self) -> Arc<MachineEnd> {
-        self.monitor.ended().await
+        self.machine.monitor.ended().await
     }
 
     /// Ends the machine at once, as pulling the plug would, and waits until its process is gone.
     pub async fn stop(self) -> MachineEnd {
-        self.monitor.stop().await
+        self.machine.monitor.pull_the_plug().await.unwrap_or_default()
+    }
+
+    /// The same for one who shares the machine. A monitor that does not obey within seconds lives on until the machine is
+    /// dropped.
+    pub async fn end(&self) {
+        let _ = self.machine.monitor.pull_the_plug().await;
+    }
+
+    /// Has the guest end by itself: its processes are asked to (SIGTERM), killed after `grace`, and its disks are written out.
+    /// Returns when it has ended; a guest that does not within some seconds more is ended as by [`end`](Self::end). A paused
+    /// machine goes on for it.
+    ///
+    /// # Errors
+    /// [`VmError::Monitor`] when the machine cannot be reached.
+    pub async fn power_off(&self, grace: Duration) -> Result<Arc<MachineEnd>, VmError> {
+        self.resume().await?;
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        let monitor = &self.machine.monitor;
+        let asking = async {
+            let _turn = monitor.requests.read().await;
+            let stream = monitor.connect(AGENT_PORT).await?;
+            // Its answer is the end.
+            let _ = agent::ask(stream, Call::PowerOff(PowerOff { grace_ms })).await;
+            Ok::<_, MonitorError>(monitor.ended().await)
+        };
+        let limit = grace.saturating_add(POWER_OFF_LIMIT);
+        if let Ok(ended) = tokio::time::timeout(limit, asking).await {
+            return Ok(ended?);
+        }
+        self.end().await;
+        Ok(monitor.ended().await)
+    }
+
+    /// Stops the machine between two instructions, and says how long that took. It takes no processor time until
+    /// [`resume`](Self::resume), its clocks go on, and a command's streams wait. Nothing to do when it is paused.
+    ///
+    /// # Errors
+    /// [`VmError::Monitor`] with how the machine ended instead.
+    pub async fn pause(&self) -> Result<Duration, VmError> {
+        let mut paused = self.machine.paused.lock().await;
+        if *paused {
+            return Ok(Duration::ZERO);
+        }
+        let took = self.machine.monitor.pause().await?;
+        *paused = true;
+        Ok(took)
+    }
+
+    /// Lets a paused machine go on where it stopped. Nothing to do when it runs.
+    ///
+    /// # Errors
+    /// [`VmError::Monitor`] with how the machine ended instead.
+    pub async fn resume(&self) -> Result<(), VmError> {
+        let mut paused = self.machine.paused.lock().await;
+        if *paused {
+            self.machine.monitor.resume(Vec::new()).await?;
+            *paused = false;
+        }
+        Ok(())
     }
 }

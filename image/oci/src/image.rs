@@ -164,6 +164,15 @@ pub fn find(store: &Store, name: &str, platform: Option<&Platform>) -> Result<Im
     Image::open(store, tag)?.ok_or_else(absent)
 }
 
+/// Opens the image of this manifest, whether a name still means it or not; `name` is what it is called.
+///
+/// # Errors
+/// [`PullError::NotInStore`]; [`PullError::Store`] when it is damaged.
+pub fn open(store: &Store, name: &str, manifest: &Digest) -> Result<Image, PullError> {
+    let absent = || PullError::NotInStore { name: name.to_owned(), platform: None };
+    Image::open_manifest(store, name, manifest)?.ok_or_else(absent)
+}
+
 /// Lists the images in the store by name. A damaged image is listed as such.
 ///
 /// # Errors

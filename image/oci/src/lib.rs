@@ -28,7 +28,7 @@ mod source;
 
 pub use config::{Config, ImageConfig, MAX_CONFIG_BYTES, ParseConfigError, parse_config};
 pub use error::{Blame, PullError};
-pub use image::{Details, DiskPart, Image, Removed, Summary, find, list, remove};
+pub use image::{Details, DiskPart, Image, Removed, Summary, find, list, open, remove};
 pub use manifest::{
     Descriptor, Document, Entry, Index, MAX_LAYERS, MAX_MANIFEST_BYTES, Manifest, ParseManifestError,
     parse_document,

@@ -6,14 +6,15 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use kiln_support::digest::Digest;
 use kiln_support::durable;
 
 use crate::error::Context;
-use crate::lock::Lock;
 use crate::record::{ImageRecord, LayerRecord};
 use crate::session::{LIFE, pin_name};
 use crate::store::{DIGESTS_SUFFIX, Folder};
 use crate::{SnapshotKind, Store, StoreError, Tag, record, snapshot};
+use kiln_support::lock::Lock;
 
 /// What a collection removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -76,20 +77,31 @@ fn mark(store: &Store) -> Result<HashSet<String>, StoreError> {
     let tags = store.tags()?;
     for tag in &tags {
         needed.insert(pin_name(Folder::Blobs, &tag.target.hex()));
-        // A tag without its image is damage, but nothing is lost by going on.
-        let what = format!("image {} ({})", tag.manifest, tag.name);
-        let path = store.path(Folder::Images, &tag.manifest.hex());
-        let Some(image) = record::read::<ImageRecord>(&path, &what)? else { continue };
-        needed.insert(pin_name(Folder::Images, &image.manifest.hex()));
-        for blob in [&image.manifest, &image.config] {
-            needed.insert(pin_name(Folder::Blobs, &blob.hex()));
-        }
-        for object in image.layers.iter().map(|layer| layer.object).chain([image.merged]) {
-            needed.insert(pin_name(Folder::Objects, &object.0.hex()));
-        }
+        mark_image(store, &tag.manifest, &tag.name, &mut needed)?;
     }
     mark_snapshots(store, &tags, &mut needed)?;
     Ok(needed)
+}
+
+/// Marks an image and all that it is made of. One that is not there is damage, but nothing is lost by going on.
+fn mark_image(
+    store: &Store,
+    manifest: &Digest,
+    name: &str,
+    needed: &mut HashSet<String>,
+) -> Result<(), StoreError> {
+    let path = store.path(Folder::Images, &manifest.hex());
+    let Some(image) = record::read::<ImageRecord>(&path, &format!("image {manifest} ({name})"))? else {
+        return Ok(());
+    };
+    needed.insert(pin_name(Folder::Images, &image.manifest.hex()));
+    for blob in [&image.manifest, &image.config] {
+        needed.insert(pin_name(Folder::Blobs, &blob.hex()));
+    }
+    for object in image.layers.iter().map(|layer| layer.object).chain([image.merged]) {
+        needed.insert(pin_name(Folder::Objects, &object.0.hex()));
+    }
+    Ok(())
 }
 
 /// A damaged record of a snapshot is left out: nobody can use what it stood for, and a template is made again.
@@ -101,6 +113,10 @@ fn mark_snapshots(store: &Store, tags: &[Tag], needed: &mut HashSet<String>) -> 
         };
         if !is_wanted {
             continue;
+        }
+        // A machine that was saved has its root's files in its image, whatever that is called by now.
+        if let (SnapshotKind::Saved, Some(image)) = (snapshot.kind, &snapshot.image) {
+            mark_image(store, &image.manifest, &image.reference, needed)?;
         }
         needed.insert(pin_name(Folder::Snapshots, &snapshot.key.hex()));
         needed.insert(pin_name(Folder::Blobs, &snapshot.state.hex()));

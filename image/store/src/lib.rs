@@ -32,7 +32,6 @@
 mod collect;
 mod draft;
 mod error;
-mod lock;
 mod object;
 mod record;
 mod session;

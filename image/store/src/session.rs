@@ -10,13 +10,13 @@ use kiln_support::digest::Digest;
 use kiln_support::durable;
 
 use crate::error::Context;
-use crate::lock::Lock;
 use crate::record;
 use crate::store::{DIGESTS_SUFFIX, Folder, layer_name};
 use crate::writer::ObjectWriter;
 use crate::{
     Draft, ImageRecord, LayerRecord, MAX_BLOB_BYTES, Object, ObjectId, SnapshotRecord, Store, StoreError, Tag,
 };
+use kiln_support::lock::Lock;
 
 /// The name of the file in a session's folder whose lock says that the session lives.
 pub(crate) const LIFE: &str = "life";

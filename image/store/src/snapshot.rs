@@ -8,9 +8,9 @@ use kiln_support::digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Context;
-use crate::lock::Lock;
 use crate::store::Folder;
 use crate::{ObjectId, Store, StoreError, record};
+use kiln_support::lock::Lock;
 
 /// The most snapshots one store lists.
 const MAX_SNAPSHOTS: usize = 100_000;

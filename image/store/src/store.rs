@@ -11,9 +11,9 @@ use rustix::fs::Mode;
 
 use crate::collect::{self, Collected};
 use crate::error::Context;
-use crate::lock::Lock;
 use crate::record;
 use crate::{ImageRecord, LayerRecord, Object, ObjectId, Session, StoreError, Tag};
+use kiln_support::lock::Lock;
 
 /// The most bytes of a blob: what a manifest, an index or a config may have.
 pub const MAX_BLOB_BYTES: u64 = 8 << 20;

@@ -110,8 +110,25 @@ pub struct Resume {
 
 /// Writes the machine's memory to the empty file beside the packet, pages of zeros as holes. A machine that runs is copied while it
 /// runs, and stands still for a moment at the end.
-#[derive(Clone, PartialEq, Message)]
-pub struct SaveMemory {}
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct SaveMemory {
+    /// How much of it.
+    #[prost(enumeration = "Portion", tag = "1")]
+    pub portion: i32,
+}
+
+/// How much of a machine's memory is written to a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Portion {
+    /// All of it.
+    Whole = 0,
+    /// All of a machine that runs, as far as it stands still long enough; what it writes from then on is left for the `Rest`.
+    /// A host that cannot tell what is written leaves the file empty.
+    Ahead = 1,
+    /// What was left by `Ahead` of a machine that stands still now. The file is the same.
+    Rest = 2,
+}
 
 /// Writes the machine's state to the empty file beside the packet: as it is, or for a machine that runs as it was at the instant of the
 /// last [`SaveMemory`].

@@ -86,6 +86,17 @@ impl<H: Hypervisor> Machine<H> {
         }
     }
 
+    /// Writes the machine's memory to `file`, which must be empty, while it runs. What it writes meanwhile and is not copied, the
+    /// watch still tells. `None`, and nothing written, where the host cannot watch.
+    ///
+    /// # Errors
+    /// The host's; the file is of no use then.
+    pub fn save_ahead(&self, file: &File) -> io::Result<Option<Watch>> {
+        let Ok(watch) = self.memory.watch() else { return Ok(None) };
+        self.copy_ahead(file, &watch)?;
+        Ok(Some(watch))
+    }
+
     /// Copies the memory while the guest runs. What it writes meanwhile and is not copied, the watch still tells.
     fn copy_ahead(&self, file: &File, watch: &Watch) -> io::Result<()> {
         self.memory.save(file)?;

@@ -1,9 +1,10 @@
 //! A machine that stands still: what can be saved, and what a saved one becomes.
 
+use std::fs::File;
 use std::sync::atomic::Ordering;
 
 use kiln_hypervisor::{Hypervisor, Vcpu, VcpuState, Vm};
-use kiln_memory::GuestMemory;
+use kiln_memory::{GuestMemory, Watch};
 use kiln_virtio::Device;
 
 use crate::console::Console;
@@ -95,6 +96,14 @@ impl<H: Hypervisor> Paused<H> {
     /// The guest's memory, which stands still too.
     pub fn memory(&self) -> &GuestMemory {
         &self.machine.memory
+    }
+
+    /// Writes what `watch` tells of the memory to the file that has the rest of it.
+    ///
+    /// # Errors
+    /// The host's; the file is of no use then.
+    pub fn save_rest(&self, file: &File, watch: &Watch) -> std::io::Result<()> {
+        watch.take().and_then(|written| self.memory().save_pages(file, &written))
     }
 
     /// Everything but the memory.

@@ -84,3 +84,12 @@ fn the_examples_of_the_guide_work() {
         check(document, &[("demo", image::busybox().expect("the image"))]);
     }
 }
+
+#[test]
+fn the_examples_of_the_guide_to_vms_work() {
+    let mut names = Command::new(program());
+    names.args(["vm", "rm", "--force", "web", "web-2", "web-3"]).env("KILN_ROOT", store());
+    // What an earlier run of the test left.
+    Outcome::of(&mut names);
+    check("docs/guide/vms.md", &[("demo", image::busybox().expect("the image"))]);
+}

@@ -21,3 +21,4 @@ mod signals;
 mod streams;
 mod templates;
 mod terminal;
+mod vms;

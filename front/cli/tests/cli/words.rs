@@ -13,6 +13,10 @@ fn help_teaches() {
     assert_snapshot!("help_pull", told(&["pull", "--help"]));
     assert_snapshot!("help_bake", told(&["bake", "--help"]));
     assert_snapshot!("help_snapshot", told(&["snapshot", "--help"]));
+    assert_snapshot!("help_vm", told(&["vm", "--help"]));
+    assert_snapshot!("help_vm_create", told(&["vm", "create", "--help"]));
+    assert_snapshot!("help_vm_exec", told(&["vm", "exec", "--help"]));
+    assert_snapshot!("help_vm_fork", told(&["vm", "fork", "--help"]));
     assert_snapshot!("help_doctor", told(&["doctor", "--help"]));
 }
 
@@ -28,6 +32,8 @@ fn nothing_said_shows_the_help_and_fails() {
 fn wrong_words_are_named() {
     assert_snapshot!("run_without_an_image", told(&["run"]));
     assert_snapshot!("unknown_command", told(&["rum"]));
+    assert_snapshot!("unknown_vm", told(&["vm", "inspect", "nothing"]));
+    assert_snapshot!("a_vm_name_that_is_none", told(&["vm", "create", "--name", "../x", "y"]));
     assert_snapshot!("unknown_option", told(&["run", "--memroy", "1g", "x"]));
     assert_snapshot!("memory_without_a_unit", told(&["run", "--memory", "512", "x"]));
     assert_snapshot!("too_many_cpus", told(&["run", "--cpus", "17", "x"]));

@@ -95,6 +95,30 @@ pub struct Child {
     machine: Option<EndWatch>,
 }
 
+/// What the caller's side of a command's streams has to know of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Streams {
+    stdin: bool,
+    deadline: Option<Duration>,
+}
+
+impl Streams {
+    pub(crate) fn of(exec: &Exec) -> Self {
+        let deadline = (exec.timeout_ms != 0)
+            .then(|| Duration::from_millis(exec.timeout_ms).saturating_add(TIMEOUT_GRACE));
+        Self { stdin: exec.stdin, deadline }
+    }
+}
+
+/// Has a command started over a fresh stream to the agent, which carries its streams from then on; returns its process id.
+pub(crate) async fn ask_to_start(stream: &mut UnixStream, exec: Exec) -> Result<u32, AgentError> {
+    send_request(stream, Call::Exec(exec)).await?;
+    match read_reply(stream).await? {
+        Outcome::Started(started) => Ok(started.pid),
+        _ => Err(AgentError::Broken("a reply that does not answer an exec")),
+    }
+}
+
 impl Child {
     /// Starts a command over a fresh stream to the agent.
     ///
@@ -102,27 +126,26 @@ impl Child {
     /// [`AgentError::Refused`] when it could not be started; [`AgentError::Lost`] when the stream dropped, in which
     /// case it may have run.
     pub async fn start(mut stream: UnixStream, exec: Exec) -> Result<Self, AgentError> {
-        let with_stdin = exec.stdin;
-        let deadline = (exec.timeout_ms != 0)
-            .then(|| Duration::from_millis(exec.timeout_ms).saturating_add(TIMEOUT_GRACE));
-        send_request(&mut stream, Call::Exec(exec)).await?;
-        let Outcome::Started(started) = read_reply(&mut stream).await? else {
-            return Err(AgentError::Broken("a reply that does not answer an exec"));
-        };
+        let streams = Streams::of(&exec);
+        let pid = ask_to_start(&mut stream, exec).await?;
+        Ok(Self::carried(stream, streams, pid))
+    }
 
+    /// The command that was started over a stream, of which nothing has been read since.
+    pub(crate) fn carried(stream: UnixStream, streams: Streams, pid: u32) -> Self {
         let flow = Flow::new();
         let (verdict_sender, verdict) = watch::channel(None);
-        let session = tokio::spawn(carry(stream, Arc::clone(&flow), deadline, verdict_sender));
-        Ok(Self {
-            stdin: with_stdin.then(|| ChildStdin { flow: Arc::clone(&flow) }),
+        let session = tokio::spawn(carry(stream, Arc::clone(&flow), streams.deadline, verdict_sender));
+        Self {
+            stdin: streams.stdin.then(|| ChildStdin { flow: Arc::clone(&flow) }),
             stdout: Some(ChildStdout { flow: Arc::clone(&flow) }),
             stderr: Some(ChildStderr { flow: Arc::clone(&flow) }),
-            pid: started.pid,
+            pid,
             flow,
             verdict,
             session,
             machine: None,
-        })
+        }
     }
 
     /// Has [`wait`](Self::wait) tell the end of the machine when that is what ended the stream.

@@ -1,16 +1,17 @@
-//! The control channel on tokio.
+//! Channels of messages and descriptors on tokio.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdDatagram;
 
-use kiln_control::{Channel, ChannelError, Command, Event};
+use kiln_control::{Channel, ChannelError};
+use prost::Message;
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 
-/// The host's end of a control channel.
+/// One end of a channel.
 #[derive(Debug)]
-pub(super) struct AsyncChannel {
+pub(crate) struct AsyncChannel {
     channel: Channel,
     /// The same socket, for tokio's word on when it is ready; tokio has no type for `SOCK_SEQPACKET`, but neither
     /// does readiness differ between the packet types.
@@ -19,19 +20,23 @@ pub(super) struct AsyncChannel {
 
 impl AsyncChannel {
     /// Takes a `SOCK_SEQPACKET` Unix socket.
-    pub(super) fn new(socket: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         let readiness = UnixDatagram::from_std(StdDatagram::from(socket.try_clone()?))?;
         Ok(Self { channel: Channel::new(socket), readiness })
     }
 
-    pub(super) async fn send(&self, command: &Command, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
-        self.when(Interest::WRITABLE, || self.channel.send(command, fds)).await
+    pub(crate) async fn send(
+        &self,
+        message: &impl Message,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelError> {
+        self.when(Interest::WRITABLE, || self.channel.send(message, fds)).await
     }
 
-    /// The next event. Its descriptors, of which there are none in this version, are closed.
-    pub(super) async fn receive(&self) -> Result<Event, ChannelError> {
-        Ok(self.when(Interest::READABLE, || self.channel.receive()).await?.0)
+    /// The next message, and the descriptors beside it.
+    pub(crate) async fn receive<M: Message + Default>(&self) -> Result<(M, Vec<OwnedFd>), ChannelError> {
+        self.when(Interest::READABLE, || self.channel.receive()).await
     }
 
     async fn when<T>(

@@ -43,6 +43,7 @@ pub(super) struct Life {
     pub(super) boot: BootTimes,
     pub(super) restore: RestoreTimes,
     pub(super) parked: u64,
+    pub(super) parked_ns: u64,
     pub(super) paused: u64,
     pub(super) pause_took_ns: u64,
     pub(super) entered: u64,
@@ -68,7 +69,10 @@ impl Life {
                 self.boot.agent_started_ns = ready.agent_started_ns;
                 self.boot.ready_ns = ready.ready_ns;
             }
-            Happened::Parked(_) => self.parked += 1,
+            Happened::Parked(parked) => {
+                self.parked += 1;
+                self.parked_ns = parked.at_ns;
+            }
             Happened::Paused(paused) => {
                 self.paused += 1;
                 self.pause_took_ns = paused.took_ns;

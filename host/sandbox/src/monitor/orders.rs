@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_control::{
-    Do, Entered, Files, MAX_PACKET_FDS, Pause, Restore, Resume, SaveMemory, SaveState, Saved, Start,
+    Do, Entered, Files, MAX_PACKET_FDS, Pause, Portion, Restore, Resume, SaveMemory, SaveState, Saved, Start,
 };
 
 use super::life::{Life, reach};
@@ -57,6 +57,16 @@ impl Monitor {
         self.reach(|life| (life.parked > 0).then_some(())).await
     }
 
+    /// How often the agent has parked so far.
+    pub(crate) fn parks(&self) -> u64 {
+        self.life.borrow().parked
+    }
+
+    /// Waits until the agent has parked more often than `before`, and says when it did, on the host's `CLOCK_MONOTONIC`.
+    pub(crate) async fn parked_again(&self, before: u64) -> Result<u64, MonitorError> {
+        self.reach(|life| (life.parked > before).then_some(life.parked_ns)).await
+    }
+
     /// Waits until a vCPU has entered the guest that is restored.
     ///
     /// # Errors
@@ -103,13 +113,23 @@ impl Monitor {
     /// # Errors
     /// [`MonitorError::Save`] when it could not be written: the machine stands still as before.
     pub async fn save_memory(&self, file: impl AsFd) -> Result<Duration, MonitorError> {
-        self.save(Do::SaveMemory(SaveMemory {}), file.as_fd()).await
+        self.save_portion(Portion::Whole, file).await
     }
 
-    /// Writes everything else of a paused or parked machine to an empty file, and says how long that took.
+    /// Writes a portion of the memory of a machine to a file.
+    pub(crate) async fn save_portion(
+        &self,
+        portion: Portion,
+        file: impl AsFd,
+    ) -> Result<Duration, MonitorError> {
+        self.save(Do::SaveMemory(SaveMemory { portion: portion.into() }), file.as_fd()).await
+    }
+
+    /// Writes everything else of a machine to an empty file, and says how long that took: of one that is paused or parked as it
+    /// is, of one that runs as it was when its memory was last saved.
     ///
     /// # Errors
-    /// [`MonitorError::Save`] when it could not be written: the machine stands still as before.
+    /// [`MonitorError::Save`] when it could not be written: the machine runs or stands still as before.
     pub async fn save_state(&self, state: SaveState, file: impl AsFd) -> Result<Duration, MonitorError> {
         self.save(Do::SaveState(state), file.as_fd()).await
     }

@@ -64,6 +64,9 @@ pub enum BakeError {
     /// The agent did not park in time.
     #[error("the guest did not park in time")]
     ParkOverdue(MachineEnd),
+    /// The agent of a machine that goes on did not park in time.
+    #[error("the guest did not make itself ready to be copied in time")]
+    ParkTooSlow,
     /// The monitor could not write the machine to its files.
     #[error("cannot save the guest")]
     Save(#[source] MonitorError),
@@ -168,7 +171,7 @@ impl BakeError {
         match self {
             Self::Park(error) => error.blame(),
             Self::NotParked(end) => end.blame(),
-            Self::ParkOverdue(_) => Blame::Guest,
+            Self::ParkOverdue(_) | Self::ParkTooSlow => Blame::Guest,
             Self::Save(_) | Self::Store(_) | Self::Host { .. } => Blame::Host,
             Self::Warmup { source, .. } | Self::Service { source, .. } => source.blame(),
             Self::File { source, .. } => source.blame(),

@@ -9,7 +9,7 @@ use kiln_snapshot::{Header, LoadError};
 use kiln_store::{Snapshot, SnapshotRecord, Store, StoreError};
 use rustix::time::ClockId;
 
-use super::{BakeError, SnapshotError};
+use super::{BakeError, Restored, SnapshotError};
 use crate::disk::{self, Descriptors, Disk, Scratch};
 use crate::monitor::{Monitor, MonitorError, RestoreTimes};
 use crate::vm::boot::{blocking, check_fit, clock_ns, random};
@@ -19,10 +19,7 @@ use crate::vm::{GUEST_CID, Phase, VmBuilder, VmError};
 const ADOPT_LIMIT: Duration = Duration::from_mins(2);
 
 /// Makes the machine that the builder describes from the template it is to be made from.
-pub(super) async fn machine(
-    builder: &VmBuilder,
-    template: &Snapshot,
-) -> Result<(Monitor, RestoreTimes), VmError> {
+pub(super) async fn machine(builder: &VmBuilder, template: &Snapshot) -> Result<Restored, VmError> {
     // The process starts while the disk is copied.
     let monitor = builder.spawn_monitor()?;
     let scratch = match (&builder.scratch, &template.scratch) {
@@ -39,10 +36,12 @@ pub(super) async fn machine(
         (Scratch::Memory | Scratch::ReadOnly, _) => Disk::placeholder(false),
     };
     let hostname = builder.hostname_for_guest();
-    restore(builder, monitor, template, &[&builder.root, &scratch], hostname, |phase, at| {
-        builder.tell(phase, at);
-    })
-    .await
+    let (monitor, times) =
+        restore(builder, monitor, template, &[&builder.root, &scratch], hostname, |phase, at| {
+            builder.tell(phase, at);
+        })
+        .await?;
+    Ok(Restored { monitor, times, scratch, record: template.record.clone() })
 }
 
 /// Has a monitor make the machine of a snapshot, with these disks, and waits until it is the one it is to be.

@@ -6,18 +6,25 @@ use std::sync::Arc;
 
 use kiln_oci::Image;
 use kiln_protocol::Setup;
-use kiln_store::{SnapshotRecord, Store};
+use kiln_store::{SnapshotImage, SnapshotRecord, Store};
 use rustix::time::ClockId;
 
 use super::boot::{self, clock_ns};
+use super::copying::{Guest, MachineCopy, Origin};
 use super::{MEMORY_MIN_MIB, Phase, Times, VCPUS_MAX, Vm, VmError};
 use crate::GuestBundle;
 use crate::disk::{Disk, Scratch};
 use crate::monitor::{LineListener, Monitor, MonitorProgram};
-use crate::snapshot::{self, Bake, Content, Snapshots};
+use crate::snapshot::{self, Bake, Content, Restored, Snapshots};
 
 type PhaseObserver = Arc<dyn Fn(Phase, u64) + Send + Sync>;
 type BakeObserver = Arc<dyn Fn(Bake<'_>) + Send + Sync>;
+
+/// What a machine is made from that its caller chose.
+enum Source {
+    Store(Store, SnapshotRecord),
+    Copy(MachineCopy),
+}
 
 /// What a machine is to be. Made by [`Vm::builder`].
 pub struct VmBuilder {
@@ -37,7 +44,8 @@ pub struct VmBuilder {
     warnings: Option<LineListener>,
     bakes: Option<BakeObserver>,
     snapshots: Option<Snapshots>,
-    source: Option<(Store, SnapshotRecord)>,
+    source: Option<Source>,
+    image: Option<SnapshotImage>,
     pub(crate) content: Content,
 }
 
@@ -61,6 +69,7 @@ impl VmBuilder {
             bakes: None,
             snapshots: None,
             source: None,
+            image: None,
             content: Content::default(),
         }
     }
@@ -147,13 +156,29 @@ impl VmBuilder {
     /// Where none can be made, the machine boots.
     pub fn snapshots(mut self, store: &Store, image: &Image) -> Self {
         self.snapshots = Some(Snapshots::new(store, image));
-        self
+        self.image(image)
     }
 
     /// Has the machine made from this snapshot and no other, which the root disk must be the image of. Its memory, vCPUs and
     /// set-up are the snapshot's, whatever is asked for here; a scratch disk is asked for when the snapshot has one.
     pub fn from_snapshot(mut self, store: &Store, record: SnapshotRecord) -> Self {
-        self.source = Some((store.clone(), record));
+        self.image.clone_from(&record.image);
+        self.source = Some(Source::Store(store.clone(), record));
+        self
+    }
+
+    /// Has the machine made from a copy of another, which the root disk must be the image of: it becomes one of its own, with
+    /// a copy of the other's disk. The same holds as for [`from_snapshot`](Self::from_snapshot).
+    pub fn from_copy(mut self, copy: MachineCopy) -> Self {
+        self.image.clone_from(&copy.0.record.image);
+        self.source = Some(Source::Copy(copy));
+        self
+    }
+
+    /// What image the root disk is of, for snapshots that are made of the machine. [`snapshots`](Self::snapshots) and the sources
+    /// above say it too.
+    pub fn image(mut self, image: &Image) -> Self {
+        self.image = Some(SnapshotImage { reference: image.name.clone(), manifest: image.digest });
         self
     }
 
@@ -171,13 +196,20 @@ impl VmBuilder {
     /// [`VmError`], by what went wrong; [`VmError::machine_end`] has the guest's last words where there are any.
     pub async fn start(self) -> Result<Vm, VmError> {
         self.check_shape()?;
-        if let Some((store, record)) = &self.source {
-            let (monitor, times) = snapshot::start_from(&self, store, record).await?;
-            return Ok(Vm { monitor, times: Times::Restore(times) });
+        match &self.source {
+            Some(Source::Store(store, record)) => {
+                let restored = snapshot::start_from(&self, store, record).await?;
+                return Ok(self.restored(restored));
+            }
+            Some(Source::Copy(copy)) => {
+                let restored = snapshot::start_from_copy(&self, &copy.0).await?;
+                return Ok(self.restored(restored));
+            }
+            None => {}
         }
         if let Some(snapshots) = &self.snapshots {
             match snapshot::start(&self, snapshots).await {
-                Ok((monitor, times)) => return Ok(Vm { monitor, times: Times::Restore(times) }),
+                Ok(restored) => return Ok(self.restored(restored)),
                 Err(error @ (VmError::Bake(_) | VmError::Snapshot(_))) => {
                     self.tell_bake(Bake::Impossible(&error));
                 }
@@ -189,7 +221,15 @@ impl VmBuilder {
             boot::boot(&self, &[&self.root, &scratch], |phase, at| self.tell(phase, at)).await?;
         let monitor = boot::set_up(monitor, self.setup(), &self.hostname).await?;
         self.tell(Phase::SetupDone, clock_ns(ClockId::Monotonic));
-        Ok(Vm { monitor, times: Times::Boot(times) })
+        let guest = Guest::Booted { bundle: self.guest, memory_mib: self.memory_mib, vcpus: self.vcpus };
+        let origin = Origin { guest, image: self.image, scratch };
+        Ok(Vm::new(monitor, origin, Times::Boot(times)))
+    }
+
+    fn restored(self, restored: Restored) -> Vm {
+        let Restored { monitor, times, scratch, record } = restored;
+        let origin = Origin { guest: Guest::Restored(Box::new(record)), image: self.image, scratch };
+        Vm::new(monitor, origin, Times::Restore(times))
     }
 
     /// Makes the snapshot that [`start`](Self::start) would make a machine from, unless the store has it, and says what it

@@ -7,21 +7,32 @@ use std::time::Duration;
 
 use kiln_protocol::{AGENT_PORT, Exec, Reason, WindowSize};
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::net::UnixStream;
 
 use crate::Blame;
-use crate::agent::{AgentError, Child, ExitStatus};
+use crate::agent::{AgentError, Child, ExitStatus, Streams, ask_to_start};
+use crate::detached::{DetachedError, Kept};
 use crate::monitor::{MachineEnd, Monitor, MonitorError};
 
 /// What [`ExecBuilder::output`] keeps of each stream unless told otherwise.
 const OUTPUT_LIMIT_BYTES: usize = 16 << 20;
 
-/// A command to run in a machine. Made by [`Vm::exec`](super::Vm::exec).
+/// A command to run in a machine. Made by [`Vm::exec`](super::Vm::exec) and [`Kept::exec`].
 #[derive(Debug)]
 #[must_use]
 pub struct ExecBuilder<'vm> {
-    monitor: &'vm Monitor,
+    machine: Target<'vm>,
     exec: Exec,
     output_limit_bytes: usize,
+}
+
+/// The machine a command is for.
+#[derive(Clone, Copy, Debug)]
+enum Target<'vm> {
+    /// This process's own.
+    Own(&'vm Monitor),
+    /// One that another process keeps.
+    Kept(&'vm Kept),
 }
 
 /// What a command that ran to its end left behind.
@@ -44,6 +55,9 @@ pub enum ExecError {
     /// The agent refused, or the stream to it broke.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// The machine is another process's, which could not start it.
+    #[error(transparent)]
+    Kept(#[from] DetachedError),
     /// It wrote more than the limit, and was killed.
     #[error("the command wrote more than {limit_bytes} bytes to its {stream}")]
     OutputLimit {
@@ -61,6 +75,7 @@ impl ExecError {
             Self::Connect(MonitorError::Ended(end)) => end.blame(),
             Self::Connect(_) => Blame::Host,
             Self::Agent(error) => error.blame(),
+            Self::Kept(error) => error.blame(),
             Self::OutputLimit { .. } => Blame::Caller,
         }
     }
@@ -69,6 +84,7 @@ impl ExecError {
     pub fn refusal(&self) -> Option<Reason> {
         match self {
             Self::Agent(AgentError::Refused { reason, .. }) => Some(*reason),
+            Self::Kept(DetachedError::Refused { reason, .. }) => *reason,
             _ => None,
         }
     }
@@ -84,8 +100,16 @@ impl ExecError {
 
 impl<'vm> ExecBuilder<'vm> {
     pub(crate) fn new(monitor: &'vm Monitor, argv: Vec<OsString>) -> Self {
+        Self::of(Target::Own(monitor), argv)
+    }
+
+    pub(crate) fn in_kept(machine: &'vm Kept, argv: Vec<OsString>) -> Self {
+        Self::of(Target::Kept(machine), argv)
+    }
+
+    fn of(machine: Target<'vm>, argv: Vec<OsString>) -> Self {
         let exec = Exec { argv: argv.into_iter().map(OsStringExt::into_vec).collect(), ..Exec::default() };
-        Self { monitor, exec, output_limit_bytes: OUTPUT_LIMIT_BYTES }
+        Self { machine, exec, output_limit_bytes: OUTPUT_LIMIT_BYTES }
     }
 
     /// Adds `KEY=VALUE` words to the environment, which is empty at first; HOME and PATH are added when missing.
@@ -141,11 +165,16 @@ impl<'vm> ExecBuilder<'vm> {
     /// # Errors
     /// [`ExecError::Agent`] with the reason when it could not be started.
     pub async fn spawn(self) -> Result<Child, ExecError> {
-        let mut end = self.monitor.end_watch();
-        let stream = self.monitor.connect(AGENT_PORT).await?;
-        match Child::start(stream, self.exec).await {
-            Ok(child) => Ok(child.in_machine(end)),
-            Err(error) => Err(error.explained(&mut end).await.into()),
+        let streams = Streams::of(&self.exec);
+        match self.machine {
+            Target::Own(monitor) => {
+                let (stream, pid) = start(monitor, self.exec).await?;
+                Ok(Child::carried(stream, streams, pid).in_machine(monitor.end_watch()))
+            }
+            Target::Kept(machine) => {
+                let (stream, pid) = machine.start(self.exec).await?;
+                Ok(Child::carried(stream, streams, pid))
+            }
         }
     }
 
@@ -162,6 +191,16 @@ impl<'vm> ExecBuilder<'vm> {
             tokio::try_join!(read_to_limit(stdout, "stdout", limit), read_to_limit(stderr, "stderr", limit))?;
         let status = child.wait().await?;
         Ok(Output { status, stdout, stderr })
+    }
+}
+
+/// Has a command started, and returns the stream that carries its own, and its process id.
+pub(crate) async fn start(monitor: &Monitor, exec: Exec) -> Result<(UnixStream, u32), ExecError> {
+    let _turn = monitor.requests.read().await;
+    let mut stream = monitor.connect(AGENT_PORT).await?;
+    match ask_to_start(&mut stream, exec).await {
+        Ok(pid) => Ok((stream, pid)),
+        Err(error) => Err(error.explained(&mut monitor.end_watch()).await.into()),
     }
 }
 

@@ -119,6 +119,23 @@ fn a_template_goes_with_the_last_tag_of_its_image_and_a_base_stays() {
 }
 
 #[test]
+fn a_saved_machine_keeps_its_image() {
+    let (_folder, store) = empty_store();
+    let image = put_image(&store, "one", 1).expect("put");
+    let saved = SnapshotRecord { kind: SnapshotKind::Saved, ..snapshot_of(&image, 1) };
+    let saved = put_snapshot(&store, &saved).expect("put");
+    store.untag("one", "linux/amd64").expect("untagged");
+    let collected = store.collect().expect("collected");
+    assert_eq!((collected.snapshots, collected.images, collected.objects, collected.blobs), (0, 0, 0, 0));
+    let kept = store.image(&image.manifest).expect("sound").expect("there");
+    store.image_objects(&kept).expect("with all it is made of");
+    store.remove_snapshot(&saved.key).expect("removed");
+    let collected = store.collect().expect("collected");
+    assert_eq!((collected.images, collected.objects, collected.blobs), (1, 5, 3));
+    check_all_files(&store);
+}
+
+#[test]
 fn a_snapshot_that_lacks_a_part_is_none() {
     let (_folder, store) = empty_store();
     let image = put_image(&store, "one", 1).expect("put");

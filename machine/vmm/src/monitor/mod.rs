@@ -84,8 +84,14 @@ fn serve(channel: &Arc<Channel>, spawned: Nanoseconds) -> Result<(), ChannelErro
         Ok(kvm) => kvm,
         Err(error) => return refuse(channel, ShellError::from(error).into()),
     };
-    let supervisor =
-        |ports| Supervisor { channel, kvm: &kvm, ports, reporter: Arc::clone(&reporter), live: None };
+    let supervisor = |ports| Supervisor {
+        channel,
+        kvm: &kvm,
+        ports,
+        reporter: Arc::clone(&reporter),
+        live: None,
+        ahead: None,
+    };
     match order {
         Order::Start(start) => {
             match BootPlan::check(start, files).and_then(|plan| boot(&kvm, plan, &reporter)) {

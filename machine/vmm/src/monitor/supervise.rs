@@ -14,9 +14,10 @@ use std::sync::Arc;
 
 use kiln_control::{
     Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Entered, Happened, Parked,
-    Paused as PausedEvent, Resume, SaveState, Saved as SavedEvent,
+    Paused as PausedEvent, Portion, Resume, SaveState, Saved as SavedEvent,
 };
 use kiln_hypervisor::Kvm;
+use kiln_memory::Watch;
 use kiln_virtio::VsockPorts;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -37,8 +38,10 @@ pub(super) struct Supervisor<'a> {
     pub(super) kvm: &'a Kvm,
     pub(super) ports: VsockPorts,
     pub(super) reporter: Arc<Reporter>,
-    /// What goes with the memory that was last saved of the machine while it ran.
+    /// What goes with the memory that was last saved of the machine.
     pub(super) live: Option<MachineState>,
+    /// What the machine has written since its memory was saved ahead.
+    pub(super) ahead: Option<Watch>,
 }
 
 /// What a machine does.
@@ -94,7 +97,7 @@ impl Supervisor<'_> {
                 state
             }
             (Do::Resume(resume), State::Resting(paused)) => self.resume(paused, &resume, ordered)?,
-            (Do::SaveMemory(_), state) => self.save_memory(state, files, ordered)?,
+            (Do::SaveMemory(order), state) => self.save_memory(state, order.portion(), files, ordered)?,
             (Do::SaveState(order), state) => self.save_state(state, &order, files, ordered)?,
             (Do::Start(_) | Do::Restore(_) | Do::Files(_), _) => {
                 return Err(ChannelError::Malformed("a monitor makes one machine"));
@@ -159,16 +162,36 @@ impl Supervisor<'_> {
     fn save_memory(
         &mut self,
         state: State,
+        portion: Portion,
         files: Vec<OwnedFd>,
         ordered: Nanoseconds,
     ) -> Result<State, ChannelError> {
         let file = only(files)?;
         self.live = None;
         let mut paused_ns = 0;
+        // It is for the order that follows it and no other: the file is another's else.
+        let ahead = self.ahead.take().filter(|_| portion == Portion::Rest);
         let (state, failure) = match state {
-            State::Resting(paused) => {
-                let saved = paused.memory().save(&file);
-                (State::Resting(paused), saved.err().map(|error| format!("cannot write the memory: {error}")))
+            State::Resting(mut paused) => {
+                let saved = match &ahead {
+                    Some(watch) => paused.save_rest(&file, watch),
+                    None => paused.memory().save(&file),
+                };
+                let failure = match (saved, paused.save()) {
+                    (Ok(()), Ok(state)) => {
+                        // So that the machine may go on before it is known what its memory is called.
+                        self.live = Some(state);
+                        None
+                    }
+                    (Err(error), _) => Some(format!("cannot write the memory: {error}")),
+                    (_, Err(error)) => Some(with_causes(&error)),
+                };
+                (State::Resting(paused), failure)
+            }
+            State::Running(machine) if portion == Portion::Ahead => {
+                let saved = machine.save_ahead(&file).map(|watch| self.ahead = watch);
+                let failure = saved.err().map(|error| format!("cannot write the memory: {error}"));
+                (State::Running(machine), failure)
             }
             State::Running(machine) => {
                 let (machine, saved) = machine.save_running(&file);

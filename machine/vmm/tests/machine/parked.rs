@@ -1,10 +1,12 @@
 //! A machine that its guest parks, and what its host makes of it.
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use kiln_control::{Blame, Do, EndReason, Happened, Pause, Restore, Resume, SaveMemory, SaveState, Saved};
+use kiln_control::{
+    Blame, Do, EndReason, Happened, Pause, Portion, Restore, Resume, SaveMemory, SaveState, Saved,
+};
 use kiln_vmm::mailbox::GENERATION_BYTES;
 
 use crate::guest::{Guest, file};
@@ -49,7 +51,7 @@ fn saved(monitor: &Monitor) -> Saved {
 fn save(monitor: &Monitor) -> [File; 2] {
     let files = [(); 2].map(|()| tempfile::tempfile().expect("a file"));
     let [state, memory] = &files;
-    monitor.order(Do::SaveMemory(SaveMemory {}), &[memory]);
+    monitor.order(Do::SaveMemory(SaveMemory::default()), &[memory]);
     assert_eq!(saved(monitor).failure, "");
     let digest = vec![1; 32];
     let order = SaveState { kernel: digest.clone(), initramfs: digest.clone(), memory: digest };
@@ -116,6 +118,47 @@ fn a_guest_that_does_not_acknowledge_has_not_resumed() {
     let monitor = parked(&parking(true));
     monitor.order(Do::Resume(Resume::default()), &no_files());
     assert_eq!(to_the_end(&monitor), ["code 42"]);
+}
+
+fn save_memory(monitor: &Monitor, portion: Portion, file: &File) {
+    monitor.order(Do::SaveMemory(SaveMemory { portion: portion.into() }), &[file]);
+    assert_eq!(saved(monitor).failure, "");
+}
+
+fn content(file: &File) -> Vec<u8> {
+    let (mut file, mut content) = (file, Vec::new());
+    file.seek(SeekFrom::Start(0)).expect("it is a file");
+    file.read_to_end(&mut content).expect("read");
+    content
+}
+
+#[test]
+fn memory_saved_ahead_and_the_rest_are_the_whole() {
+    // ring; inc dword [0x300000]; jmp to the increment
+    let counting = Guest::default().ring(2).code(&[0xff, 0x05, 0, 0, 0x30, 0, 0xeb, 0xf8]);
+    let monitor = Monitor::start(&counting.elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    let [parts, whole, other] = [(); 3].map(|()| tempfile::tempfile().expect("a file"));
+    save_memory(&monitor, Portion::Ahead, &parts);
+    let ahead = content(&parts);
+    monitor.order(Do::Pause(Pause {}), &no_files());
+    assert!(matches!(monitor.event(), Happened::Paused(_)));
+    save_memory(&monitor, Portion::Rest, &parts);
+    save_memory(&monitor, Portion::Whole, &whole);
+    assert!(content(&parts) == content(&whole));
+    assert!(ahead != content(&whole), "the guest went on counting");
+    // What was saved ahead in one file is no part of another.
+    monitor.order(Do::Resume(Resume::default()), &no_files());
+    entered(&monitor);
+    save_memory(&monitor, Portion::Ahead, &tempfile::tempfile().expect("a file"));
+    monitor.order(Do::Pause(Pause {}), &no_files());
+    assert!(matches!(monitor.event(), Happened::Paused(_)));
+    save_memory(&monitor, Portion::Whole, &other);
+    let [before, after] = [&whole, &other].map(content);
+    assert!(before != after && before.len() == after.len());
+    let again = tempfile::tempfile().expect("a file");
+    save_memory(&monitor, Portion::Rest, &again);
+    assert!(content(&again) == after, "a rest of nothing is the whole");
 }
 
 #[test]
@@ -192,7 +235,7 @@ fn a_state_is_of_the_instant_its_memory_was_saved_at() {
     let monitor = Monitor::start(&guest.elf());
     while !matches!(monitor.event(), Happened::Ready(_)) {}
     let [memory, state, paused_state] = [(); 3].map(|()| tempfile::tempfile().expect("a file"));
-    monitor.order(Do::SaveMemory(SaveMemory {}), &[&memory]);
+    monitor.order(Do::SaveMemory(SaveMemory::default()), &[&memory]);
     assert_eq!(saved(&monitor).failure, "");
     monitor.order(Do::Pause(Pause {}), &no_files());
     assert!(matches!(monitor.event(), Happened::Paused(_)));

@@ -9,23 +9,33 @@ use rustix::io::Errno;
 
 /// A lock held; released when dropped.
 #[derive(Debug)]
-pub(crate) struct Lock {
+#[must_use]
+pub struct Lock {
     _file: File,
 }
 
 impl Lock {
-    /// Waits until nobody holds the lock exclusively.
-    pub(crate) fn shared(path: &Path) -> io::Result<Self> {
+    /// Waits until nobody holds the lock exclusively. The file is made when it is missing.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn shared(path: &Path) -> io::Result<Self> {
         Self::take(path, FlockOperation::LockShared)
     }
 
-    /// Waits until nobody else holds the lock.
-    pub(crate) fn exclusive(path: &Path) -> io::Result<Self> {
+    /// Waits until nobody else holds the lock. The file is made when it is missing.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn exclusive(path: &Path) -> io::Result<Self> {
         Self::take(path, FlockOperation::LockExclusive)
     }
 
-    /// Takes the lock alone if nobody else holds it; `None` if somebody does.
-    pub(crate) fn try_exclusive(path: &Path) -> io::Result<Option<Self>> {
+    /// Takes the lock alone if nobody else holds it; `None` if somebody does. The file is made when it is missing.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn try_exclusive(path: &Path) -> io::Result<Option<Self>> {
         match Self::take(path, FlockOperation::NonBlockingLockExclusive) {
             Ok(lock) => Ok(Some(lock)),
             Err(error) if error.raw_os_error() == Some(Errno::WOULDBLOCK.raw_os_error()) => Ok(None),

@@ -1,0 +1,174 @@
+//! Making VMs: from an image, from a snapshot, from one that runs.
+
+use std::time::SystemTime;
+
+use kiln::Digest;
+use kiln::detached::{Defaults, Machines, Origin, ScratchKind, State, VmRecord};
+use kiln::image::Image;
+use kiln::store::{SnapshotImage, SnapshotKind};
+
+use super::args::Create;
+use super::start;
+use crate::args::MachineFlags;
+use crate::failure::Failure;
+use crate::{Context, images, print, run, snapshots};
+
+/// `kiln vm create`.
+///
+/// # Errors
+/// When there is no such image, or the name is taken.
+pub(crate) async fn create(context: &Context, machines: &Machines, args: Create) -> Result<(), Failure> {
+    let Create { name, machine, source, pull, image } = args;
+    // A name that cannot be had is told before an image is fetched.
+    if let Some(name) = &name {
+        drop(machines.create(name)?);
+    }
+    let store = images::store(context)?;
+    let image = images::obtain(context, &store, &image, &source, pull, false).await?;
+    let kernel = match &machine.kernel {
+        Some(path) => {
+            context.guest()?.with_kernel(path).map_err(Failure::caller)?;
+            Some(std::path::absolute(path).map_err(Failure::host)?)
+        }
+        None => None,
+    };
+    let (memory_mib, vcpus) = (machine.memory.0, machine.cpus);
+    let record = VmRecord { kernel, scratch: scratch(&machine), ..blank(name, &image)? };
+    let record = put(machines, VmRecord { memory_mib, vcpus, ..record })?;
+    print(&format!("{}\n", record.name))
+}
+
+/// `kiln vm restore`.
+///
+/// # Errors
+/// When there is no such snapshot, the name is taken, or the VM does not start.
+pub(crate) async fn restore(
+    context: &Context,
+    machines: &Machines,
+    name: Option<String>,
+    snapshot: &str,
+) -> Result<(), Failure> {
+    let store = images::store(context)?;
+    let saved = snapshots::find(&store, snapshot)?;
+    let image = match &saved.image {
+        Some(image) if saved.kind == SnapshotKind::Saved => image,
+        _ => {
+            let what = format!("the snapshot {snapshot} is not of a VM but a {}", saved.kind.name());
+            return Err(Failure::caller(what).hint("make a VM from its image: kiln vm create IMAGE"));
+        }
+    };
+    let image = kiln::image::open(&store, &image.reference, &image.manifest)?;
+    let scratch = match saved.scratch {
+        Some(id) => ScratchKind::Disk { bytes: store.object(id)?.length() },
+        None => ScratchKind::Memory,
+    };
+    let record = VmRecord {
+        origin: Origin::Snapshot { key: saved.key },
+        memory_mib: saved.memory_mib,
+        vcpus: saved.vcpus,
+        scratch,
+        ..blank(name, &image)?
+    };
+    put_and_start(context, machines, record).await
+}
+
+/// `kiln vm fork`.
+///
+/// # Errors
+/// When there is no such VM or it does not run, the name is taken, or the second does not start.
+pub(crate) async fn fork(
+    context: &Context,
+    machines: &Machines,
+    name: Option<String>,
+    vm: &str,
+) -> Result<(), Failure> {
+    let source = machines.find(machines.reach(vm)?.name())?;
+    if source.state == State::Paused {
+        return Err(Failure::caller(format!("the VM {vm} is paused"))
+            .hint(format!("let it go on: kiln vm resume {vm}")));
+    }
+    let fresh = named(name)?;
+    let record = VmRecord {
+        id: fresh.id,
+        name: fresh.name,
+        origin: Origin::Fork { of: source.name.clone() },
+        created_unix_ms: now_unix_ms(),
+        state: State::Created,
+        started_unix_ms: None,
+        paused_total_ms: 0,
+        keeper_pid: None,
+        ..source
+    };
+    put_and_start(context, machines, record).await
+}
+
+/// One that cannot start is not there either.
+async fn put_and_start(context: &Context, machines: &Machines, record: VmRecord) -> Result<(), Failure> {
+    let record = put(machines, record)?;
+    if let Err(failure) = start::keeper(context, machines, &record).await {
+        // The first failure is the one to report.
+        let _ = machines.remove(&record.name);
+        return Err(failure);
+    }
+    print(&format!("{}\n", record.name))
+}
+
+fn put(machines: &Machines, record: VmRecord) -> Result<VmRecord, Failure> {
+    machines.create(&record.name)?.put(&record)?;
+    Ok(record)
+}
+
+/// A VM that was named.
+struct Named {
+    id: String,
+    name: String,
+}
+
+fn named(name: Option<String>) -> Result<Named, Failure> {
+    let id = run::random_name().map_err(Failure::host)?;
+    Ok(Named { name: name.unwrap_or_else(|| id.clone()), id })
+}
+
+/// The record of a VM of which only the image is known.
+fn blank(name: Option<String>, image: &Image) -> Result<VmRecord, Failure> {
+    let Named { id, name } = named(name)?;
+    Ok(VmRecord {
+        id,
+        name,
+        image: SnapshotImage { reference: image.name.clone(), manifest: Digest::clone(&image.digest) },
+        origin: Origin::Image,
+        memory_mib: 0,
+        vcpus: 0,
+        scratch: ScratchKind::Memory,
+        kernel: None,
+        volumes: image.config.volumes.clone(),
+        defaults: Defaults {
+            env: image.config.env.clone(),
+            user: image.config.user.clone(),
+            working_directory: image.config.working_dir.clone(),
+        },
+        created_unix_ms: now_unix_ms(),
+        state: State::Created,
+        started_unix_ms: None,
+        ended_unix_ms: None,
+        end: None,
+        paused_unix_ms: None,
+        paused_total_ms: 0,
+        keeper_pid: None,
+    })
+}
+
+fn scratch(machine: &MachineFlags) -> ScratchKind {
+    if machine.read_only {
+        ScratchKind::ReadOnly
+    } else if machine.scratch_in_memory {
+        ScratchKind::Memory
+    } else {
+        ScratchKind::Disk { bytes: machine.scratch_size }
+    }
+}
+
+fn now_unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}

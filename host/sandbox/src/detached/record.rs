@@ -1,0 +1,229 @@
+//! What is known of a detached machine.
+
+use std::path::PathBuf;
+
+use kiln_store::SnapshotImage;
+use kiln_support::digest::Digest;
+use serde::{Deserialize, Serialize};
+
+/// The most bytes of a machine's name: a host name has no room for more.
+const NAME_BYTES_MAX: usize = 63;
+
+/// What is known of a detached machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Twelve hexadecimal digits that no other machine has.
+    pub id: String,
+    /// What its user calls it; the id where nobody chose. It is the guest's host name too.
+    pub name: String,
+    /// The image of its root.
+    pub image: SnapshotImage,
+    /// What it is made from.
+    pub origin: Origin,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// The number of vCPUs.
+    pub vcpus: u32,
+    /// Where the guest's changes to its root go.
+    pub scratch: ScratchKind,
+    /// A kernel of the user's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Paths in the image that become writable places of their own.
+    #[serde(default)]
+    pub volumes: Vec<String>,
+    /// What a command in it gets unless its caller says otherwise.
+    pub defaults: Defaults,
+    /// When it was created, in milliseconds since 1970.
+    pub created_unix_ms: u64,
+    /// How it is. What a crash left behind is put right by [`Machines::reconcile`](super::Machines::reconcile).
+    pub state: State,
+    /// When it last started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_unix_ms: Option<u64>,
+    /// When it last ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_unix_ms: Option<u64>,
+    /// How it last ended, in one line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<String>,
+    /// Since when it is paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_unix_ms: Option<u64>,
+    /// How long it has been paused since it started, the pause it may be in left aside, in milliseconds.
+    #[serde(default)]
+    pub paused_total_ms: u64,
+    /// The process that keeps it, for its user to look at: whether it lives is told by its lock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keeper_pid: Option<u32>,
+}
+
+/// What a machine is made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// An image, by its template.
+    Image,
+    /// A snapshot that was saved of a machine.
+    Snapshot {
+        /// Its key.
+        key: Digest,
+    },
+    /// A copy of a machine that ran. There is none for a second start.
+    Fork {
+        /// The name of that machine.
+        of: String,
+    },
+}
+
+/// Where the guest's changes to its root go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScratchKind {
+    /// A disk of this size.
+    Disk {
+        /// In bytes.
+        bytes: u64,
+    },
+    /// Guest memory.
+    Memory,
+    /// Nowhere.
+    ReadOnly,
+}
+
+/// What a command gets unless its caller says otherwise: the image's configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Defaults {
+    /// `KEY=VALUE` words.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// The user.
+    #[serde(default)]
+    pub user: String,
+    /// The working directory.
+    #[serde(default)]
+    pub working_directory: String,
+}
+
+/// How a machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It never ran.
+    Created,
+    /// It runs.
+    Running,
+    /// It stands still.
+    Paused,
+    /// It ran.
+    Ended,
+}
+
+impl State {
+    /// The name used in lists.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Ended => "ended",
+        }
+    }
+
+    /// There is a machine.
+    pub fn is_up(self) -> bool {
+        matches!(self, Self::Running | Self::Paused)
+    }
+}
+
+impl VmRecord {
+    /// Takes note that the machine runs, kept by this process.
+    pub(super) fn started(&mut self, now_unix_ms: u64) {
+        self.state = State::Running;
+        self.started_unix_ms = Some(now_unix_ms);
+        (self.ended_unix_ms, self.end, self.paused_unix_ms, self.paused_total_ms) = (None, None, None, 0);
+        self.keeper_pid = Some(std::process::id());
+    }
+
+    pub(super) fn paused(&mut self, now_unix_ms: u64) {
+        self.state = State::Paused;
+        self.paused_unix_ms.get_or_insert(now_unix_ms);
+    }
+
+    pub(super) fn resumed(&mut self, now_unix_ms: u64) {
+        self.state = State::Running;
+        if let Some(since) = self.paused_unix_ms.take() {
+            self.paused_total_ms += now_unix_ms.saturating_sub(since);
+        }
+    }
+
+    pub(super) fn ended(&mut self, how: String, now_unix_ms: u64) {
+        self.resumed(now_unix_ms);
+        self.state = State::Ended;
+        self.ended_unix_ms = Some(now_unix_ms);
+        self.end = Some(how);
+        self.keeper_pid = None;
+    }
+}
+
+/// Whether a machine may be called so: a word that is a host name, a file name and no option.
+pub fn is_vm_name(name: &str) -> bool {
+    name.len() <= NAME_BYTES_MAX
+        && name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// The record of a machine with this name.
+    pub(in crate::detached) fn record(name: &str) -> VmRecord {
+        VmRecord {
+            id: "0123456789ab".into(),
+            name: name.into(),
+            image: SnapshotImage { reference: "demo".into(), manifest: Digest::EMPTY },
+            origin: Origin::Image,
+            memory_mib: 64,
+            vcpus: 1,
+            scratch: ScratchKind::Memory,
+            kernel: None,
+            volumes: Vec::new(),
+            defaults: Defaults::default(),
+            created_unix_ms: 1,
+            state: State::Created,
+            started_unix_ms: None,
+            ended_unix_ms: None,
+            end: None,
+            paused_unix_ms: None,
+            paused_total_ms: 0,
+            keeper_pid: None,
+        }
+    }
+
+    #[test]
+    fn pauses_add_up_and_a_start_begins_anew() {
+        let mut record = record("web");
+        record.started(100);
+        record.paused(110);
+        record.paused(115);
+        record.resumed(120);
+        record.resumed(125);
+        assert_eq!((record.state, record.paused_total_ms), (State::Running, 10));
+        record.paused(130);
+        record.ended("it was stopped".into(), 135);
+        assert_eq!((record.state, record.paused_total_ms), (State::Ended, 15));
+        record.started(200);
+        assert_eq!((record.end, record.ended_unix_ms, record.paused_total_ms), (None, None, 0));
+    }
+
+    #[test]
+    fn a_name_is_a_file_and_a_host() {
+        for good in ["web", "web-1", "a.b_c", "0"] {
+            assert!(is_vm_name(good), "{good}");
+        }
+        for bad in ["", ".", "..", ".lock", "-x", "a/b", "a b", "ä", "a\0", &"x".repeat(64)] {
+            assert!(!is_vm_name(bad), "{bad}");
+        }
+    }
+}

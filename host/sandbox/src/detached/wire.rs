@@ -1,0 +1,220 @@
+//! What is said between a keeper and who wants something of its machine: one request a connection, one answer, a packet each.
+//!
+//! The socket is `SOCK_SEQPACKET`, so a packet is a message, and it has the limits of [`kiln_control`]'s packets.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram as StdDatagram;
+use std::path::Path;
+
+use kiln_protocol::Exec;
+use prost::{Enumeration, Message, Oneof};
+use rustix::fd::AsFd;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
+    sockopt,
+};
+use tokio::io::Interest;
+use tokio::net::UnixDatagram;
+
+use super::folder::SOCKET;
+use crate::monitor::channel::AsyncChannel;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 16;
+
+/// What is wanted.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Request {
+    /// `None` is refused.
+    #[prost(oneof = "Wanted", tags = "1, 2, 3, 4, 5, 6, 7")]
+    pub(super) wanted: Option<Wanted>,
+}
+
+/// What can be wanted of a machine.
+#[derive(Clone, PartialEq, Oneof)]
+pub(super) enum Wanted {
+    /// Stop it between two instructions. Answered by `Paused`.
+    #[prost(message, tag = "1")]
+    Pause(Nothing),
+    /// Let it go on. Answered by `Done`.
+    #[prost(message, tag = "2")]
+    Resume(Nothing),
+    /// Have the guest end by itself. Answered by `Done` once nothing is left.
+    #[prost(message, tag = "3")]
+    PowerOff(PowerOff),
+    /// End it at once. Answered likewise.
+    #[prost(message, tag = "4")]
+    End(Nothing),
+    /// Start a command. Answered by `Started`, with the stream that carries its own.
+    #[prost(message, tag = "5")]
+    Exec(Exec),
+    /// Save it to the store. Answered by `Saved`.
+    #[prost(message, tag = "6")]
+    Snapshot(Snapshot),
+    /// Copy it. Answered by `Saved`, with the files of the copy.
+    #[prost(message, tag = "7")]
+    Copy(Nothing),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(super) struct Nothing {}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(super) struct PowerOff {
+    /// How long processes have, in milliseconds.
+    #[prost(uint64, tag = "1")]
+    pub(super) grace_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Snapshot {
+    /// What the snapshot is called; empty for nothing.
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+}
+
+/// What came of it.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Reply {
+    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4, 5")]
+    pub(super) outcome: Option<Outcome>,
+}
+
+/// What can come of a request.
+#[derive(Clone, PartialEq, Oneof)]
+pub(super) enum Outcome {
+    #[prost(message, tag = "1")]
+    Failed(Failed),
+    #[prost(message, tag = "2")]
+    Done(Nothing),
+    #[prost(message, tag = "3")]
+    Paused(Paused),
+    #[prost(message, tag = "4")]
+    Started(Started),
+    #[prost(message, tag = "5")]
+    Saved(Saved),
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Failed {
+    #[prost(enumeration = "Blame", tag = "1")]
+    pub(super) blame: i32,
+    /// What was tried and what went wrong, in one line.
+    #[prost(string, tag = "2")]
+    pub(super) message: String,
+    /// The agent's reason, if it was the agent that refused: `kiln_protocol::Reason`.
+    #[prost(int32, optional, tag = "3")]
+    pub(super) reason: Option<i32>,
+}
+
+/// [`crate::Blame`] as it travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Enumeration)]
+#[repr(i32)]
+pub(super) enum Blame {
+    Kiln = 0,
+    Caller = 1,
+    Guest = 2,
+    Host = 3,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(super) struct Paused {
+    #[prost(uint64, tag = "1")]
+    pub(super) took_ns: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(super) struct Started {
+    #[prost(uint32, tag = "1")]
+    pub(super) pid: u32,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Saved {
+    /// A `SnapshotRecord` as JSON.
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) record: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    pub(super) frozen_ns: u64,
+    #[prost(uint64, tag = "3")]
+    pub(super) still_ns: u64,
+}
+
+impl From<crate::Blame> for Blame {
+    fn from(blame: crate::Blame) -> Self {
+        match blame {
+            crate::Blame::Kiln => Self::Kiln,
+            crate::Blame::Caller => Self::Caller,
+            crate::Blame::Guest => Self::Guest,
+            crate::Blame::Host => Self::Host,
+        }
+    }
+}
+
+impl From<Blame> for crate::Blame {
+    fn from(blame: Blame) -> Self {
+        match blame {
+            Blame::Kiln => Self::Kiln,
+            Blame::Caller => Self::Caller,
+            Blame::Guest => Self::Guest,
+            Blame::Host => Self::Host,
+        }
+    }
+}
+
+/// Where a keeper is reached.
+#[derive(Debug)]
+pub(super) struct Listener {
+    socket: OwnedFd,
+    /// The same socket, for tokio's word on when there is somebody: it has no type for `SOCK_SEQPACKET`, but neither does
+    /// readiness differ between the types.
+    readiness: UnixDatagram,
+}
+
+impl Listener {
+    /// Listens in a machine's folder, in the place of a keeper that is gone.
+    pub(super) fn bind(folder: &Path) -> io::Result<Self> {
+        match std::fs::remove_file(folder.join(SOCKET)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let (_folder, address) = address(folder)?;
+        bind(&socket, &address)?;
+        listen(&socket, BACKLOG)?;
+        let readiness = UnixDatagram::from_std(StdDatagram::from(socket.try_clone()?))?;
+        Ok(Self { socket, readiness })
+    }
+
+    /// The next connection of the user that this process is of. Others are closed: they have no business here, though the
+    /// folder should have kept them away.
+    pub(super) async fn accept(&self) -> io::Result<AsyncChannel> {
+        loop {
+            let accept = || Ok(accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?);
+            let connection = self.readiness.async_io(Interest::READABLE, accept).await?;
+            let peer = sockopt::socket_peercred(&connection)?;
+            if peer.uid == rustix::process::geteuid() {
+                return AsyncChannel::new(connection);
+            }
+        }
+    }
+}
+
+/// Connects to the keeper that listens in a machine's folder.
+pub(super) fn reach(folder: &Path) -> io::Result<AsyncChannel> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let (_folder, address) = address(folder)?;
+    connect(&socket, &address)?;
+    AsyncChannel::new(socket)
+}
+
+/// The address of a machine's socket, good as long as the folder that comes with it is open: so it is short however long the
+/// folder's path. Linux man page unix(7): `sun_path` has 108 bytes.
+fn address(folder: &Path) -> io::Result<(File, SocketAddrUnix)> {
+    let folder = File::open(folder)?;
+    let path = format!("/proc/self/fd/{}/{SOCKET}", folder.as_fd().as_raw_fd());
+    Ok((folder, SocketAddrUnix::new(path)?))
+}
