@@ -5,7 +5,6 @@
 
 #![deny(unsafe_code)]
 
-mod beat;
 mod listing;
 mod reading;
 mod registers;
@@ -57,7 +56,7 @@ fn main() -> ExitCode {
         ["hold-registers", id, yields] => number(id)
             .and_then(|id| Ok((id, number(yields)?)))
             .and_then(|(id, yields)| registers::hold(id, yields)),
-        ["beat", ..] => beat::beat(),
+        ["beat", ..] => registers::beat(),
         ["carry-registers", ..] => registers::carry(),
         ["identity"] => identity(),
         ["exit", code] => return ExitCode::from(code.parse::<u8>().unwrap_or(1)),

@@ -1,11 +1,13 @@
 //! Vector registers that several processes use at once: each must find its own values whenever it looks.
 #![expect(unsafe_code, reason = "registers are only held still by assembly")]
 
+mod beat;
+
 use std::arch::{global_asm, is_x86_feature_detected};
 use std::io;
 use std::process::{Command, Stdio};
 
-use crate::beat;
+pub(crate) use beat::beat;
 
 /// Bytes of all registers of the largest set: 32 of 64 bytes.
 const REGISTERS_BYTES: usize = 32 * 64;

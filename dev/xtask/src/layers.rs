@@ -49,7 +49,7 @@ const MAY_BE_UNSAFE: &[(&str, &str)] = &[
     ("machine/memory", "src"),
     ("machine/hypervisor", "src"),
     ("guest/agent", "src/sys"),
-    // Descriptor 3 is taken over from whoever started the program, which nobody can prove to the compiler.
+    // Standard input is taken over from whoever started the program, which nobody can prove to the compiler.
     ("machine/control", "src/inherited"),
     // Vector registers are reached by the processor's own instructions alone.
     ("dev/probe", "src/registers"),

@@ -85,7 +85,7 @@ pub(crate) async fn start(builder: &VmBuilder, snapshots: &Snapshots) -> Result<
     let keys = Keys::of(builder, snapshots)?;
     let template = bake::template(builder, snapshots, &keys, None).await?;
     match restore::machine(builder, &template).await {
-        Err(VmError::Snapshot(error)) => {
+        Err(VmError::Snapshot(error)) if error.is_the_snapshots() => {
             builder.tell_bake(Bake::Refused(&error));
             let template = bake::template(builder, snapshots, &keys, Some(&template.record)).await?;
             // What was refused has no use any more; if it cannot be removed now, the next collection will.

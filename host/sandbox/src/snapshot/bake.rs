@@ -44,7 +44,7 @@ pub(super) async fn template(
     };
     let base = base(builder, store, &keys.base, None).await?;
     let baked = match bake_template(builder, snapshots, keys, &base).await {
-        Err(VmError::Snapshot(error)) => {
+        Err(VmError::Snapshot(error)) if error.is_the_snapshots() => {
             builder.tell_bake(Bake::Refused(&error));
             let base = self::base(builder, store, &keys.base, Some(&base.record)).await?;
             bake_template(builder, snapshots, keys, &base).await

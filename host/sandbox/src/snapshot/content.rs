@@ -189,6 +189,11 @@ fn read_part(file: &File, offset: u64) -> io::Result<Vec<u8>> {
 }
 
 impl Content {
+    /// Whether a machine that boots has all there is.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.warmups.is_empty() && self.service.is_none()
+    }
+
     /// Writes the files.
     pub(super) async fn write_files(&self, monitor: &Monitor) -> Result<(), VmError> {
         for (file, path) in &self.files {

@@ -42,6 +42,15 @@ impl SnapshotError {
         }
     }
 
+    /// Whether another snapshot in its place would help. A process that was killed, or a host too busy, says nothing of the snapshot.
+    pub(crate) fn is_the_snapshots(&self) -> bool {
+        match self {
+            Self::Damaged(_) | Self::Gone | Self::Mixed => true,
+            Self::Refused(end) => !matches!(**end, MachineEnd::Died { .. }),
+            Self::Overdue(_) => false,
+        }
+    }
+
     /// How the machine ended, when that is what went wrong.
     pub fn machine_end(&self) -> Option<&MachineEnd> {
         match self {

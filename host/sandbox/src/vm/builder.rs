@@ -210,7 +210,8 @@ impl VmBuilder {
         if let Some(snapshots) = &self.snapshots {
             match snapshot::start(&self, snapshots).await {
                 Ok(restored) => return Ok(self.restored(restored)),
-                Err(error @ (VmError::Bake(_) | VmError::Snapshot(_))) => {
+                // A machine that boots would lack what was to be put into the snapshot.
+                Err(error @ (VmError::Bake(_) | VmError::Snapshot(_))) if self.content.is_empty() => {
                     self.tell_bake(Bake::Impossible(&error));
                 }
                 Err(error) => return Err(error),
