@@ -339,10 +339,10 @@ Examples:
 
 Files are put in place first, warm-ups run to their end, and the command is started last. It stays
 process 1 of the guest (with --init a child of the reaper): when it ends, so does all else in there.
-What it has written is not kept, and it has no stdin.
+What it writes is not kept, and it has no stdin.
 
-Prints the snapshot's key. Baking what is baked already costs nothing: what is part of the key is the
-image, the machine, every file's content, warm-ups, command, trigger and environment.";
+Prints the snapshot's key. Baking what is baked already costs nothing. The key is made of
+the image, the machine, contents of files, warm-ups, command, what it is ready by, and environment.";
 
 /// `kiln snapshot`.
 #[derive(Debug, Args)]
