@@ -10,6 +10,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use kiln_testkit::initramfs;
 
 /// What the guest needs to boot as Kiln's does; Firecracker adds its devices. Where guest kernels are emulated, only Kiln's monitor
 /// completes what saves vector registers.
@@ -51,7 +52,9 @@ impl Firecracker {
         place: &Path,
         memory_mib: u32,
     ) -> Result<Self> {
-        let initramfs = initramfs(probe, place)?;
+        let initramfs = place.join("initramfs.cpio");
+        let mut archive = std::fs::File::create(&initramfs).context("an archive")?;
+        std::io::copy(&mut initramfs::with_init(probe)?, &mut archive).context("an archive")?;
         let mut process = Process::start(program, place)?;
         let more = if kiln_vmm::is_pvm() { kiln_vmm::PVM_COMMAND_LINE } else { "" };
         let boot = serde_json::json!({
@@ -90,27 +93,6 @@ impl Firecracker {
     pub(crate) fn files(&self) -> [PathBuf; 2] {
         ["state", "memory"].map(|name| self.place.join(name))
     }
-}
-
-/// An initramfs with the probe as `/init`.
-fn initramfs(probe: &Path, place: &Path) -> Result<PathBuf> {
-    let root = place.join("root");
-    std::fs::create_dir_all(root.join("dev")).context("a folder")?;
-    std::fs::copy(probe, root.join("init")).context("the probe")?;
-    let archive = place.join("initramfs.cpio");
-    let out = std::fs::File::create(&archive).context("an archive")?;
-    let mut cpio = Command::new("cpio")
-        .args(["--create", "--format=newc", "--quiet"])
-        .current_dir(&root)
-        .stdin(Stdio::piped())
-        .stdout(out)
-        .spawn()
-        .context("cannot start cpio")?;
-    cpio.stdin.take().context("a pipe")?.write_all(b"dev\ninit\n").context("cpio")?;
-    if !cpio.wait().context("cpio")?.success() {
-        bail!("cpio failed");
-    }
-    Ok(archive)
 }
 
 impl Process {

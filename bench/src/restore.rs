@@ -44,6 +44,15 @@ pub(crate) fn run(report: &mut Report, runs: usize, firecracker: Option<&Path>) 
         copy.hello()?;
         report.add("the next answer", "ms", milliseconds(start));
     }
+    for _ in 0..runs {
+        let (source, [pause, resume]) = guest.pause()?;
+        report.add("pause: order -> every vCPU and device stands still", "us", pause.as_secs_f64() * 1e6);
+        report.add("resume: order -> every vCPU has a thread", "us", resume.as_secs_f64() * 1e6);
+        let (source, [pause, took]) = source.save_running()?;
+        report.add("save while it runs: it stands still", "us", pause.as_secs_f64() * 1e6);
+        report.add("save while it runs: all", "ms", took.as_secs_f64() * 1e3);
+        guest = source;
+    }
     let parked = guest.park()?.save()?;
     for run in 0..runs {
         let (copy, took) = parked.claim(&generation(run as u64))?;

@@ -42,6 +42,32 @@ fn piece(file: &File, at: u64) -> io::Result<Option<Range<u64>>> {
     Ok(Some(start..end))
 }
 
+/// Where a file has holes, asked from its start to its end.
+#[derive(Debug)]
+pub struct Holes<'a> {
+    file: &'a File,
+    length: u64,
+    data: Range<u64>,
+}
+
+impl<'a> Holes<'a> {
+    /// The holes of `file`, `length` bytes of it.
+    pub fn of(file: &'a File, length: u64) -> Self {
+        Self { file, length, data: 0..0 }
+    }
+
+    /// Whether all of `range`, which begins at or behind the one asked for before, lies in a hole.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn have(&mut self, range: Range<u64>) -> io::Result<bool> {
+        if self.data.end <= range.start {
+            self.data = piece(self.file, range.start)?.unwrap_or(self.length..self.length);
+        }
+        Ok(range.end <= self.data.start)
+    }
+}
+
 /// Makes `to` a copy of `from` with the same length and holes. `to` must be empty, or all of it a hole.
 ///
 /// # Errors

@@ -29,6 +29,7 @@ usage: probe list DIR...      every file below, with all its metadata and the di
        probe registers PROCESSES YIELDS
                               so many processes keep values of their own in all vector registers while they take turns
        probe beat             writes ! to the serial port, straight from user mode, every 100 us
+       probe carry-registers  the same with values in all vector registers, and X when one was lost
        probe exit CODE
 ";
 
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
             .and_then(|id| Ok((id, number(yields)?)))
             .and_then(|(id, yields)| registers::hold(id, yields)),
         ["beat", ..] => beat::beat(),
+        ["carry-registers", ..] => registers::carry(),
         ["identity"] => identity(),
         ["exit", code] => return ExitCode::from(code.parse::<u8>().unwrap_or(1)),
         _ => {

@@ -5,6 +5,8 @@ use std::arch::{global_asm, is_x86_feature_detected};
 use std::io;
 use std::process::{Command, Stdio};
 
+use crate::beat;
+
 /// Bytes of all registers of the largest set: 32 of 64 bytes.
 const REGISTERS_BYTES: usize = 32 * 64;
 /// How often the values are looked at and loaded anew.
@@ -14,7 +16,8 @@ const ROUNDS: u64 = 20;
 #[repr(C, align(64))]
 struct Registers([u8; REGISTERS_BYTES]);
 
-// Each loads all registers of its set from RDI, gives way to other processes RDX times, and stores the registers to RSI.
+// Each loads all registers of its set from RDI, does something else RDX times, and stores the registers to RSI. What else: gives way to
+// other processes, or stays in user mode for some 100 us and then writes `!` to the serial port.
 // System V AMD64 ABI §3.2.1 "Registers": a function may change all of them. A system call changes RAX, RCX and R11.
 global_asm!(
     r"
@@ -25,59 +28,83 @@ global_asm!(
     jnz 2b
 .endm
 
-.globl kiln_hold_sse
-kiln_hold_sse:
-    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    movups xmm\n, [rdi + 16*\n]
-    .endr
-    yield_often
-    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    movups [rsi + 16*\n], xmm\n
-    .endr
-    ret
+.macro beat_often
+    mov r8, rdx
+2:  mov ecx, 200000
+3:  dec ecx
+    jnz 3b
+    mov edx, 0x3f8
+    mov al, 0x21
+    out dx, al
+    dec r8
+    jnz 2b
+.endm
 
-.globl kiln_hold_avx
-kiln_hold_avx:
-    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    vmovups ymm\n, [rdi + 32*\n]
+.macro holder name, instruction, register, width, between, numbers:vararg
+.globl \name
+\name:
+    .irp n, \numbers
+    \instruction \register\n, [rdi + \width*\n]
     .endr
-    yield_often
-    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    vmovups [rsi + 32*\n], ymm\n
+    \between
+    .irp n, \numbers
+    \instruction [rsi + \width*\n], \register\n
     .endr
-    vzeroupper
     ret
+.endm
 
-.globl kiln_hold_avx512
-kiln_hold_avx512:
-    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
-    vmovups zmm\n, [rdi + 64*\n]
-    .endr
-    yield_often
-    .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
-    vmovups [rsi + 64*\n], zmm\n
-    .endr
-    vzeroupper
-    ret
+holder kiln_hold_sse, movups, xmm, 16, yield_often, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+holder kiln_beat_sse, movups, xmm, 16, beat_often, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+holder kiln_hold_avx, vmovups, ymm, 32, yield_often, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+holder kiln_beat_avx, vmovups, ymm, 32, beat_often, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+holder kiln_hold_avx512, vmovups, zmm, 64, yield_often, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+holder kiln_beat_avx512, vmovups, zmm, 64, beat_often, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
 "
 );
 
-type Hold = unsafe extern "C" fn(values: *const Registers, found: *mut Registers, yields: u64);
+type Hold = unsafe extern "C" fn(values: *const Registers, found: *mut Registers, times: u64);
 
 unsafe extern "C" {
-    fn kiln_hold_sse(values: *const Registers, found: *mut Registers, yields: u64);
-    fn kiln_hold_avx(values: *const Registers, found: *mut Registers, yields: u64);
-    fn kiln_hold_avx512(values: *const Registers, found: *mut Registers, yields: u64);
+    fn kiln_hold_sse(values: *const Registers, found: *mut Registers, times: u64);
+    fn kiln_beat_sse(values: *const Registers, found: *mut Registers, times: u64);
+    fn kiln_hold_avx(values: *const Registers, found: *mut Registers, times: u64);
+    fn kiln_beat_avx(values: *const Registers, found: *mut Registers, times: u64);
+    fn kiln_hold_avx512(values: *const Registers, found: *mut Registers, times: u64);
+    fn kiln_beat_avx512(values: *const Registers, found: *mut Registers, times: u64);
 }
 
-/// The largest set that a program may use here, as C libraries find out: its name, its size in bytes, and its function.
-fn largest_set() -> (&'static str, usize, Hold) {
-    if is_x86_feature_detected!("avx512f") {
-        ("AVX-512", 32 * 64, kiln_hold_avx512)
-    } else if is_x86_feature_detected!("avx") {
-        ("AVX", 16 * 32, kiln_hold_avx)
-    } else {
-        ("SSE", 16 * 16, kiln_hold_sse)
+/// A set of registers: its name, its size in bytes, and its functions.
+struct Set {
+    name: &'static str,
+    bytes: usize,
+    hold: Hold,
+    beat: Hold,
+}
+
+impl Set {
+    /// The largest that a program may use here, as C libraries find out.
+    fn largest() -> Self {
+        if is_x86_feature_detected!("avx512f") {
+            Self { name: "AVX-512", bytes: 32 * 64, hold: kiln_hold_avx512, beat: kiln_beat_avx512 }
+        } else if is_x86_feature_detected!("avx") {
+            Self { name: "AVX", bytes: 16 * 32, hold: kiln_hold_avx, beat: kiln_beat_avx }
+        } else {
+            Self { name: "SSE", bytes: 16 * 16, hold: kiln_hold_sse, beat: kiln_beat_sse }
+        }
+    }
+
+    /// Puts values that follow from `seed` into all registers, has `function` do what it does so many times, and says how many bytes
+    /// have changed in the end.
+    fn wrong(&self, function: Hold, seed: u64, times: u64) -> usize {
+        let mut values = Registers([0; REGISTERS_BYTES]);
+        for (at, byte) in values.0.iter_mut().enumerate() {
+            *byte = (seed + at as u64) as u8;
+        }
+        let mut found = Registers([0; REGISTERS_BYTES]);
+        // SAFETY: the processor has the set; both areas are as large as the largest; the function changes nothing but the
+        // second one and registers that a function may change.
+        unsafe { function(&raw const values, &raw mut found, times.max(1)) };
+        (0..self.bytes).filter(|at| found.0[*at] != values.0[*at]).count()
     }
 }
 
@@ -108,21 +135,32 @@ pub(crate) fn share(processes: u64, yields: u64) -> io::Result<()> {
 /// # Errors
 /// A register held something else in the end.
 pub(crate) fn hold(id: u64, yields: u64) -> io::Result<()> {
-    let (name, bytes, hold) = largest_set();
+    let set = Set::largest();
     for round in 0..ROUNDS {
-        let mut values = Registers([0; REGISTERS_BYTES]);
-        for (at, byte) in values.0.iter_mut().enumerate() {
-            *byte = (id * 89 + round * 7 + at as u64) as u8;
-        }
-        let mut found = Registers([0; REGISTERS_BYTES]);
-        // SAFETY: the processor has the set; both areas are as large as the largest; the function changes nothing but the
-        // second one and registers that a function may change.
-        unsafe { hold(&raw const values, &raw mut found, yields.max(1)) };
-        let wrong = (0..bytes).filter(|at| found.0[*at] != values.0[*at]).count();
+        let wrong = set.wrong(set.hold, id * 89 + round * 7, yields);
         if wrong > 0 {
+            let (name, bytes) = (set.name, set.bytes);
             return Err(io::Error::other(format!(
                 "process {id}: {wrong} of {bytes} bytes of {name} are another's"
             )));
+        }
+    }
+    Ok(())
+}
+
+/// Keeps values in all vector registers, writes `!` to the serial port every 100 us, and `X` when a register has lost its value. It
+/// leaves user mode only to begin: whoever saves and restores its machine finds the values in the registers and nowhere else.
+///
+/// # Errors
+/// Without the right to the port.
+pub(crate) fn carry() -> io::Result<()> {
+    /// So that a machine is seldom saved between two rounds, where the values are in memory.
+    const BEATS: u64 = 200;
+    beat::take_port()?;
+    let set = Set::largest();
+    for round in 0.. {
+        if set.wrong(set.beat, round * 7, BEATS) > 0 {
+            beat::write(b'X');
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Kiln's own guest in this process: booted, parked, saved, restored, and asked who it is.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::{PipeReader, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,8 @@ use kiln_virtio::{Device, Rng, Vsock, VsockPorts};
 use kiln_vmm::{Console, Machine, MachineState, Notice, Observer, Paused, Shape, Shell, boot};
 use prost::Message as _;
 use rustix::fs::{MemfdFlags, SealFlags};
+
+use crate::initramfs;
 
 /// How long a guest may take to boot or to answer. It stops a test that hangs.
 const PATIENCE: Duration = Duration::from_mins(3);
@@ -97,6 +99,26 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Boots the kernel in `folder` with `program`, which is linked statically, as its only process, and `words` as its arguments. What it
+    /// writes to the serial port can be read from the pipe.
+    ///
+    /// # Errors
+    /// When the machine cannot be made.
+    pub fn boot_program(folder: &Path, program: &Path, words: &str) -> Result<(Self, PipeReader)> {
+        let shape = Shape::new(128, 1)?;
+        let shell = Shell::create(&Kvm::open()?, shape)?;
+        let kernel = boot::load_kernel(shell.memory(), &File::open(folder.join("vmlinux"))?)?;
+        let (devices, ports) = devices();
+        let initramfs = initramfs::with_init(program)?;
+        let words = format!("-- {words}");
+        let entry = boot::prepare(shell.memory(), &kernel, Some(&initramfs), shape, devices.len(), &words)?;
+        let (reader, writer) = std::io::pipe()?;
+        let console = Console::new(Some(writer.into()))?;
+        let (observer, rung) = phases();
+        let machine = Machine::start(shell, &entry, console.clone(), devices, observer)?;
+        Ok((Self { machine, ports, console, rung }, reader))
+    }
+
     /// Waits until the agent rings with `phase`; when that was.
     fn wait_for(&self, phase: u32) -> Result<Instant> {
         let end = Instant::now() + PATIENCE;
@@ -156,6 +178,35 @@ impl Guest {
             Some(Outcome::Welcome(welcome)) => Ok(welcome),
             other => bail!("{other:?} where the agent's reply should be"),
         }
+    }
+
+    /// Pauses the guest and lets it go on: how long it took to stand still, and to run again.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn pause(self) -> Result<(Self, [Duration; 2])> {
+        let Self { machine, ports, console, rung } = self;
+        let start = Instant::now();
+        let paused =
+            machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
+        let pause = start.elapsed();
+        let start = Instant::now();
+        let machine = paused.resume()?;
+        Ok((Self { machine, ports, console, rung }, [pause, start.elapsed()]))
+    }
+
+    /// Saves the guest while it runs: how long it stood still, and how long all of it took.
+    ///
+    /// # Errors
+    /// When it cannot be saved.
+    pub fn save_running(self) -> Result<(Self, [Duration; 2])> {
+        let Self { machine, ports, console, rung } = self;
+        let memory = File::from(rustix::fs::memfd_create("memory", MemfdFlags::CLOEXEC)?);
+        let start = Instant::now();
+        let (machine, saved) = machine.save_running(&memory);
+        let took = start.elapsed();
+        let kiln_vmm::Saved::Running(machine) = machine else { bail!("the guest does not go on") };
+        Ok((Self { machine, ports, console, rung }, [saved?.pause, took]))
     }
 
     /// Pauses the guest, saves it, and lets it go on.
@@ -226,8 +277,22 @@ impl Saved {
     /// # Errors
     /// When it cannot.
     pub fn restore(&self) -> Result<(Guest, Restored)> {
+        self.restore_with(Console::new(None)?)
+    }
+
+    /// The same, with what it writes to the serial port in a pipe.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn restore_heard(&self) -> Result<(Guest, PipeReader)> {
+        let (reader, writer) = std::io::pipe()?;
+        let (guest, _) = self.restore_with(Console::new(Some(writer.into()))?)?;
+        Ok((guest, reader))
+    }
+
+    fn restore_with(&self, console: Console) -> Result<(Guest, Restored)> {
         let start = Instant::now();
-        let (paused, ports, console, rung, shell_made) = self.copy()?;
+        let (paused, ports, rung, shell_made) = self.copy(&console)?;
         let ready = Instant::now();
         let machine = paused.resume()?;
         let took = Restored { shell: shell_made - start, state: ready - shell_made, resume: ready.elapsed() };
@@ -240,7 +305,8 @@ impl Saved {
     /// When it cannot, or does not acknowledge.
     pub fn claim(&self, generation: &Generation) -> Result<(Guest, Claimed)> {
         let start = Instant::now();
-        let (mut paused, ports, console, rung, shell_made) = self.copy()?;
+        let console = Console::new(None)?;
+        let (mut paused, ports, rung, shell_made) = self.copy(&console)?;
         paused.put_mail(&generation.encode())?;
         let ready = Instant::now();
         let machine = paused.resume()?;
@@ -258,17 +324,19 @@ impl Saved {
 
     /// A machine like the saved one that stands still, and when there was a shell for it.
     #[expect(clippy::type_complexity, reason = "the parts of a guest that does not run yet")]
-    fn copy(&self) -> Result<(Paused<Kvm>, VsockPorts, Console, mpsc::Receiver<(u32, Instant)>, Instant)> {
+    fn copy(
+        &self,
+        console: &Console,
+    ) -> Result<(Paused<Kvm>, VsockPorts, mpsc::Receiver<(u32, Instant)>, Instant)> {
         let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
         let state = MachineState::from_sections(&sections)?;
         let shell = Shell::create(&Kvm::open()?, state.shape)?;
         let shell_made = Instant::now();
         shell.memory().overlay(&self.memory)?;
         let (devices, ports) = devices();
-        let console = Console::new(None)?;
         let (observer, rung) = phases();
         let paused = Paused::restore(shell, &state, console.clone(), devices, observer)?;
-        Ok((paused, ports, console, rung, shell_made))
+        Ok((paused, ports, rung, shell_made))
     }
 }
 

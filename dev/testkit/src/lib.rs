@@ -6,6 +6,7 @@
 pub mod guest;
 pub mod http;
 pub mod image;
+pub mod initramfs;
 pub mod layout;
 pub mod nasty;
 pub mod registry;

@@ -55,7 +55,7 @@ impl Rate {
     }
 }
 
-/// Makes this guest the one of the mail in `taken`, and returns its life. The copy of the entropy is gone after.
+/// Makes this guest the one of the mail in `taken`, and returns its life.
 ///
 /// `place` is where commands run, if set-up has made one; otherwise `random` is /dev/urandom.
 ///

@@ -24,6 +24,8 @@ const COMMANDS: &str = "kiln";
 const HOOKS: &str = "kiln-hooks";
 /// The longest processes may take to stop: one that waits for a disk does not, until it has its answer.
 const STOP_MS: u64 = 5_000;
+/// How often the groups are looked at anew, because there was one more.
+const MAX_ROUNDS: usize = 16;
 /// The most groups below the root.
 const MAX_GROUPS: usize = 64;
 /// What `cgroup.events` takes: two lines.
@@ -58,8 +60,14 @@ impl Groups {
 
     /// Where a hook is born, and [ends](Self::end_hook) with all it leaves behind: a new group for each, for what is born
     /// into a group that has been killed can die of it (Linux since 6.14).
+    ///
+    /// # Errors
+    /// `EXIST` when the guest's root has a group of that name with processes in it, which are frozen, and so would the hook be.
     pub(crate) fn hook(&self) -> Result<OwnedFd, Errno> {
-        make(&self.root, HOOKS)
+        match rustix::fs::unlinkat(&self.root, HOOKS, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => make(&self.root, HOOKS),
+            Err(_) => Err(Errno::EXIST),
+        }
     }
 
     /// Kills what is left in the group of a hook, and removes it.
@@ -87,23 +95,32 @@ impl Groups {
 
     fn freeze_all(&self, frozen: &mut Frozen) -> Result<(), Failed> {
         let timer = one_shot(STOP_MS).map_err(|error| internal("make a timer", error))?;
-        let groups = self.list().map_err(|error| internal("list the control groups", error))?;
-        if groups.len() > MAX_GROUPS {
-            return Err(invalid(format!("more than {MAX_GROUPS} control groups")));
-        }
-        let mut waiting = Vec::new();
-        for group in &groups {
-            if let Some(switch) = switch_off(group).map_err(|error| internal("freeze processes", error))? {
-                frozen.0.push(switch);
+        // A process may have made a group and moved there behind our back. Once a look finds nothing new, all are frozen, and
+        // nobody is left to make another.
+        for _ in 0..MAX_ROUNDS {
+            let groups = self.list().map_err(|error| internal("list the control groups", error))?;
+            if groups.len() > MAX_GROUPS {
+                return Err(invalid(format!("more than {MAX_GROUPS} control groups")));
             }
-            let events = open(group, "cgroup.events", OFlags::RDONLY);
-            waiting.push(events.map_err(|error| internal("watch a control group", error))?);
+            let (before, mut waiting) = (frozen.0.len(), Vec::new());
+            for group in &groups {
+                if let Some(switch) =
+                    switch_off(group).map_err(|error| internal("freeze processes", error))?
+                {
+                    frozen.0.push(switch);
+                }
+                let events = open(group, "cgroup.events", OFlags::RDONLY);
+                waiting.push(events.map_err(|error| internal("watch a control group", error))?);
+            }
+            for events in &waiting {
+                wait_for(b"frozen 1", events, &timer)
+                    .map_err(|error| internal("stop the guest's processes", error))?;
+            }
+            if frozen.0.len() == before {
+                return Ok(());
+            }
         }
-        for events in &waiting {
-            wait_for(b"frozen 1", events, &timer)
-                .map_err(|error| internal("stop the guest's processes", error))?;
-        }
-        Ok(())
+        Err(invalid("processes make control groups faster than they can be frozen".into()))
     }
 
     /// The groups right below the root, one more than there may be at most.

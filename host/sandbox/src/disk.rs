@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use kiln_control::MAX_START_FDS;
 use kiln_oci::{DiskPart, Image, PullError};
+use kiln_support::sparse;
 
 /// The size that every guest sees its disks as having, in bytes. What is behind them is smaller and says so itself, or
 /// nothing: so a machine that was saved with one disk is restored with another in its place.
@@ -109,7 +110,7 @@ pub(crate) fn scratch_disk(folder: &Path, size_bytes: u64) -> Result<Disk, Scrat
 pub(crate) fn scratch_copy(folder: &Path, from: &File) -> Result<Disk, ScratchError> {
     let error = |source| ScratchError::File { folder: folder.into(), source };
     let file = nameless_file(folder).map_err(error)?;
-    let copied = kiln_store::copy_sparse(from, &file).and_then(|()| from.metadata());
+    let copied = sparse::copy(from, &file).and_then(|()| from.metadata());
     Ok(Disk::writable(file, copied.map_err(error)?.len()))
 }
 

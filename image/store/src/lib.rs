@@ -30,22 +30,22 @@
 #![forbid(unsafe_code)]
 
 mod collect;
+mod draft;
 mod error;
 mod lock;
 mod object;
 mod record;
 mod session;
 mod snapshot;
-mod sparse;
 mod store;
 mod writer;
 
 pub use collect::Collected;
+pub use draft::Draft;
 pub use error::StoreError;
 pub use object::{Object, ObjectId, ObjectReader};
 pub use record::{ImageRecord, LayerRecord, Tag};
 pub use session::Session;
 pub use snapshot::{BakeLock, Snapshot, SnapshotImage, SnapshotKind, SnapshotRecord, is_snapshot_name};
-pub use sparse::{Draft, copy_sparse};
 pub use store::{MAX_BLOB_BYTES, Store};
 pub use writer::{MAX_OBJECT_BYTES, ObjectWriter};

@@ -8,11 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use kiln_support::digest::{BLOCK_BYTES, Digest, block_count, tree_id};
+use kiln_support::sparse::Holes;
 use serde::{Deserialize, Serialize};
 
 use crate::StoreError;
 use crate::error::Context;
-use crate::sparse::Holes;
 use crate::writer::{MAX_OBJECT_BYTES, zero_block_digest};
 
 /// The name of an object: the root of its digest tree ([`tree_id`]). Not the SHA-256 of its content.

@@ -229,7 +229,7 @@ pub enum Happened {
 /// The machine parked itself.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Parked {
-    /// Host `CLOCK_MONOTONIC` in nanoseconds when the doorbell rang.
+    /// Host `CLOCK_MONOTONIC` in nanoseconds when it stood still.
     #[prost(uint64, tag = "1")]
     pub at_ns: u64,
 }

@@ -27,7 +27,8 @@ const OF_FILE: u64 = 1 << 61;
 impl GuestMemory {
     /// Writes all of RAM to `file`, which must be empty.
     ///
-    /// The guest must not run. Costs a copy of what the guest has touched, and nothing for what it has not.
+    /// Of a guest that runs, what it writes meanwhile may be in the file or not. Costs a copy of what the guest has touched, and
+    /// nothing for what it has not.
     ///
     /// # Errors
     /// What the file system says; the file is of no use then.

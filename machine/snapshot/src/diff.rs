@@ -23,7 +23,7 @@ use crate::header::Fields;
 pub const DIFF_VERSION: u32 = 1;
 /// The bytes of the header.
 pub const DIFF_HEADER_BYTES: usize = 160;
-/// The most runs: what half a terabyte of memory has at the worst.
+/// The most runs: what 8 GiB of memory have at the worst, where every second page has changed.
 pub const RUNS_MAX: usize = 1 << 20;
 
 const MAGIC: [u8; 8] = *b"KILNDIFF";

@@ -64,17 +64,17 @@ impl<K: Kick> Control<K> {
     pub(crate) fn pause(&self) -> bool {
         let paused = self.word.compare_exchange(RUNNING, PAUSED, Ordering::SeqCst, Ordering::SeqCst).is_ok();
         if paused {
-            self.kicks.iter().for_each(Kick::kick);
+            self.kick();
         }
         paused
     }
 
     /// The same, because the guest asks for it.
     pub(crate) fn park(&self) {
-        if self.pause() {
-            // The counter is small, so this neither blocks nor fails.
-            let _ = rustix::io::write(&self.parked, &1_u64.to_ne_bytes());
-        }
+        // Paused by the host a moment before, it is parked all the same.
+        self.pause();
+        // The counter is small, so this neither blocks nor fails.
+        let _ = rustix::io::write(&self.parked, &1_u64.to_ne_bytes());
     }
 
     /// Whether the guest has paused the machine since this was last asked.
@@ -85,6 +85,11 @@ impl<K: Kick> Control<K> {
     /// Readable when the guest has paused the machine.
     pub(crate) fn parked_fd(&self) -> BorrowedFd<'_> {
         self.parked.as_fd()
+    }
+
+    /// Has every vCPU look at what it is to do.
+    pub(crate) fn kick(&self) {
+        self.kicks.iter().for_each(Kick::kick);
     }
 
     /// Lets vCPUs run. One that has ended stays so.
@@ -101,7 +106,7 @@ impl<K: Kick> Control<K> {
         *end = Some(End { reason, detail: detail.into() });
         drop(end);
         self.word.store(ENDED, Ordering::SeqCst);
-        self.kicks.iter().for_each(Kick::kick);
+        self.kick();
         // The counter is 0 here, so this neither blocks nor fails.
         let _ = rustix::io::write(&self.ended, &1_u64.to_ne_bytes());
     }

@@ -32,7 +32,7 @@ pub use control::End;
 pub use cpuid::class as cpu_class;
 pub use devices::{DeviceError, DevicesState, IoapicState, SerialState};
 pub use host::{PVM_COMMAND_LINE, is_pvm};
-pub use live::{LiveError, LiveState};
+pub use live::{LiveError, LiveState, Saved};
 pub use machine::{Machine, Notice, Observer, StartError};
 pub use paused::{MachineState, Paused, RestoreError, SaveError};
 pub use saved::SectionError;

@@ -11,12 +11,22 @@ use kiln_hypervisor::Hypervisor;
 use kiln_memory::Watch;
 
 use crate::machine::Machine;
-use crate::paused::{MachineState, SaveError};
+use crate::paused::{MachineState, Paused, SaveError};
 
 /// As much as may be left to copy when the machine stands still: a millisecond of copying.
 const REST_BYTES: u64 = 1 << 20;
 /// How often what was written meanwhile is copied. A guest that writes faster than it is copied stands still for longer.
 const ROUNDS_MAX: usize = 8;
+
+/// What a machine does after it was saved while it ran.
+pub enum Saved<H: Hypervisor> {
+    /// It goes on.
+    Running(Machine<H>),
+    /// It stands still: its agent has parked it meanwhile.
+    Parked(Paused<H>),
+    /// The host has no thread left for it.
+    Lost,
+}
 
 /// What was saved beside the memory, and what it cost.
 #[derive(Debug)]
@@ -46,12 +56,12 @@ impl<H: Hypervisor> Machine<H> {
     /// comes of it.
     ///
     /// # Errors
-    /// [`LiveError`]; the file is of no use then. The machine is `None` when the host has no thread left to go on with.
-    pub fn save_running(self, file: &File) -> (Option<Self>, Result<LiveState, LiveError>) {
+    /// [`LiveError`]; the file is of no use then.
+    pub fn save_running(self, file: &File) -> (Saved<H>, Result<LiveState, LiveError>) {
         let watch = match self.memory.watch() {
             Ok(watch) => match self.copy_ahead(file, &watch) {
                 Ok(()) => Some(watch),
-                Err(error) => return (Some(self), Err(error.into())),
+                Err(error) => return (Saved::Running(self), Err(error.into())),
             },
             // A host that cannot watch: the machine stands still for all of the copy.
             Err(_) => None,
@@ -59,19 +69,20 @@ impl<H: Hypervisor> Machine<H> {
         let start = Instant::now();
         let mut paused = match self.pause() {
             Ok(paused) => paused,
-            Err(machine) => return (Some(machine), Err(LiveError::Ended)),
+            Err(machine) => return (Saved::Running(machine), Err(LiveError::Ended)),
         };
         let rest = match watch {
             Some(watch) => watch.take().and_then(|written| paused.memory().save_pages(file, &written)),
             None => paused.memory().save(file),
         };
         let state = rest.map_err(LiveError::from).and_then(|()| Ok(paused.save()?));
+        let live = |state: Result<_, _>| state.map(|state| LiveState { state, pause: start.elapsed() });
+        if paused.is_parked() {
+            return (Saved::Parked(paused), live(state));
+        }
         match paused.resume() {
-            Ok(machine) => {
-                let pause = start.elapsed();
-                (Some(machine), state.map(|state| LiveState { state, pause }))
-            }
-            Err(error) => (None, Err(error.into())),
+            Ok(machine) => (Saved::Running(machine), live(state)),
+            Err(error) => (Saved::Lost, Err(error.into())),
         }
     }
 

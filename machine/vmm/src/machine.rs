@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use kiln_control::EndReason;
@@ -50,6 +51,8 @@ pub struct Machine<H: Hypervisor> {
 pub(crate) struct Shared<K> {
     pub(crate) control: Arc<Control<K>>,
     pub(crate) devices: Devices,
+    /// Mail waits for the agent, and until it is taken vCPUs in user mode take no interrupts.
+    pub(crate) has_mail: AtomicBool,
     observer: Observer,
 }
 
@@ -91,7 +94,8 @@ impl<H: Hypervisor> Machine<H> {
             return Err(self);
         }
         self.shared.devices.pause();
-        Ok(Paused { machine: self, vcpus })
+        let parked = self.shared.control.take_parked();
+        Ok(Paused { machine: self, vcpus, parked })
     }
 
     /// Readable when the guest has parked itself: its vCPUs stand still, or will in moments, and [`pause`](Self::pause) takes
@@ -151,8 +155,9 @@ impl<H: Hypervisor> Paused<H> {
         let control = Arc::new(Control::new(vcpus.iter().map(Vcpu::kick).collect())?);
         let ioapic = Ioapic::new(shape.vcpus(), deliver(Arc::clone(&vm), Arc::clone(&control)));
         let devices = devices(ioapic, &memory, console.input())?;
-        let shared = Arc::new(Shared { control, devices, observer });
-        Ok(Self { machine: Machine { shared, threads: Vec::new(), console, vm, memory, shape }, vcpus })
+        let shared = Arc::new(Shared { control, devices, has_mail: AtomicBool::new(false), observer });
+        let machine = Machine { shared, threads: Vec::new(), console, vm, memory, shape };
+        Ok(Self { machine, vcpus, parked: false })
     }
 
     /// Lets the machine go on where it stopped.
@@ -160,7 +165,7 @@ impl<H: Hypervisor> Paused<H> {
     /// # Errors
     /// What the host says when it has no thread left; the machine has ended then.
     pub fn resume(self) -> std::io::Result<Machine<H>> {
-        let Self { mut machine, vcpus } = self;
+        let Self { mut machine, vcpus, .. } = self;
         machine.shared.devices.resume();
         machine.shared.control.resume();
         for (index, vcpu) in vcpus.into_iter().enumerate() {
@@ -214,7 +219,7 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
                     Effect::None
                 }
                 Ok(Exit::Kicked) if self.control.is_paused() => return Some(vcpu),
-                Ok(Exit::Kicked) => Effect::None,
+                Ok(Exit::Kicked) => Effect::Look,
                 Ok(other) => {
                     let cause = crash(&other);
                     self.crashed(index, &vcpu, &cause);
@@ -226,17 +231,16 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
                 }
             };
             match effect {
-                Effect::None => {}
+                Effect::None => continue,
+                Effect::Look => {}
                 Effect::Reset => self.control.end(EndReason::Reset, ""),
-                Effect::Power(request) => {
-                    self.serve(request);
-                    if request == power::Request::Doorbell(power::PHASE_RESUMED)
-                        && let Err(error) = vcpu.hold_interrupts(false)
-                    {
-                        self.crashed(index, &vcpu, &error.to_string());
-                        return None;
-                    }
-                }
+                Effect::Power(request) => self.serve(request),
+            }
+            if !self.has_mail.load(Ordering::Acquire)
+                && let Err(error) = vcpu.hold_interrupts(false)
+            {
+                self.crashed(index, &vcpu, &error.to_string());
+                return None;
             }
         }
         None
@@ -258,6 +262,10 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
                     self.control.park();
                 }
                 (self.observer)(Notice::Doorbell(phase, monotonic()));
+                if phase == power::PHASE_RESUMED && self.has_mail.swap(false, Ordering::AcqRel) {
+                    // Others may hold interrupts too.
+                    self.control.kick();
+                }
             }
         }
     }

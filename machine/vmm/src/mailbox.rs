@@ -22,6 +22,9 @@ pub enum MailError {
     /// Its length is not a generation's.
     #[error("a generation of {0} bytes where {GENERATION_BYTES} make one")]
     Length(usize),
+    /// Nobody would look for it.
+    #[error("the machine was not parked by its agent, so it cannot become another")]
+    NotParked,
     /// It has no id.
     #[error("a generation without an id")]
     NoId,

@@ -1,5 +1,7 @@
 //! A machine that stands still: what can be saved, and what a saved one becomes.
 
+use std::sync::atomic::Ordering;
+
 use kiln_hypervisor::{Hypervisor, Vcpu, VcpuState, Vm};
 use kiln_memory::GuestMemory;
 use kiln_virtio::Device;
@@ -19,6 +21,8 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 pub struct Paused<H: Hypervisor> {
     pub(crate) machine: Machine<H>,
     pub(crate) vcpus: Vec<VcpuOf<H>>,
+    /// Its agent has parked it, and looks for mail when it goes on.
+    pub(crate) parked: bool,
 }
 
 /// Everything a paused machine is, its memory and the files and sockets behind its devices apart.
@@ -30,6 +34,8 @@ pub struct MachineState {
     pub clock_ns: u64,
     /// The rate of its time stamp counters in kHz.
     pub tsc_khz: u32,
+    /// Its agent is parked.
+    pub parked: bool,
     /// Its vCPUs in order.
     pub vcpus: Vec<VcpuState>,
     /// Its devices.
@@ -81,6 +87,11 @@ pub enum RestoreError {
 }
 
 impl<H: Hypervisor> Paused<H> {
+    /// Whether its agent has parked it: only then it can become another.
+    pub fn is_parked(&self) -> bool {
+        self.parked
+    }
+
     /// The guest's memory, which stands still too.
     pub fn memory(&self) -> &GuestMemory {
         &self.machine.memory
@@ -95,7 +106,7 @@ impl<H: Hypervisor> Paused<H> {
         let vcpus = self.vcpus.iter_mut().map(Vcpu::save).collect::<Result<_, _>>()?;
         let devices = self.machine.shared.devices.save().map_err(SaveError::InFlight)?;
         let tsc_khz = self.vcpus.first().map_or(Ok(0), Vcpu::tsc_khz)?;
-        Ok(MachineState { shape: self.machine.shape, clock_ns, tsc_khz, vcpus, devices })
+        Ok(MachineState { shape: self.machine.shape, clock_ns, tsc_khz, parked: self.parked, vcpus, devices })
     }
 
     /// Leaves `generation`, as `kiln_protocol::mailbox` has it, for the parked agent to find when the machine goes on.
@@ -106,12 +117,17 @@ impl<H: Hypervisor> Paused<H> {
     /// # Errors
     /// [`MailError`]
     pub fn put_mail(&mut self, generation: &[u8]) -> Result<MailId, MailError> {
+        if !self.parked {
+            return Err(MailError::NotParked);
+        }
+        let id = mailbox::put(&self.machine.memory, generation)?;
+        self.machine.shared.has_mail.store(true, Ordering::Release);
         for vcpu in &mut self.vcpus {
             if vcpu.system_registers()?.cs.dpl == USER_MODE {
                 vcpu.hold_interrupts(true)?;
             }
         }
-        mailbox::put(&self.machine.memory, generation)
+        Ok(id)
     }
 
     /// Makes of `shell`, whose memory has what was saved, the machine that `state` describes. `virtio` are devices like its own,
@@ -141,6 +157,7 @@ impl<H: Hypervisor> Paused<H> {
         let mut paused = Self::assemble(shell, console, observer, |ioapic, memory, console| {
             Devices::restore(console, ioapic, memory, virtio, &state.devices).map_err(RestoreError::Device)
         })?;
+        paused.parked = state.parked;
         paused.machine.vm.set_clock_ns(state.clock_ns)?;
         for (vcpu, state) in paused.vcpus.iter_mut().zip(&state.vcpus) {
             vcpu.restore(state)?;

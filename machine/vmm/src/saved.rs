@@ -49,6 +49,7 @@ impl MachineState {
             vcpus: self.shape.vcpus().into(),
             clock_ns: self.clock_ns,
             tsc_khz: self.tsc_khz,
+            parked: self.parked,
             virtio: self.devices.virtio.len() as u32,
         };
         let mut sections = vec![section("machine".into(), &machine)];
@@ -91,7 +92,14 @@ impl MachineState {
             return Err(SectionError::Unknown(section.name.clone()));
         }
         let devices = DevicesState { serial, ioapic, virtio };
-        Ok(Self { shape, clock_ns: machine.clock_ns, tsc_khz: machine.tsc_khz, vcpus, devices })
+        Ok(Self {
+            shape,
+            clock_ns: machine.clock_ns,
+            tsc_khz: machine.tsc_khz,
+            parked: machine.parked,
+            vcpus,
+            devices,
+        })
     }
 }
 
@@ -129,6 +137,8 @@ struct MachineMessage {
     virtio: u32,
     #[prost(uint32, tag = "5")]
     tsc_khz: u32,
+    #[prost(bool, tag = "6")]
+    parked: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -657,6 +667,7 @@ mod tests {
             shape: Shape::new(256, 2).expect("a shape"),
             clock_ns: 123_456_789,
             tsc_khz: 2_345_678,
+            parked: true,
             vcpus: vec![vcpu.clone(), VcpuState { run_state: 1, ..vcpu }],
             devices: DevicesState {
                 serial: SerialState { divisor: [1, 2], fifo: true, scratch: 9, ..SerialState::default() },
@@ -704,7 +715,8 @@ mod tests {
 
     #[test]
     fn an_impossible_shape_is_refused() {
-        let message = MachineMessage { memory_mib: 63, vcpus: 1, clock_ns: 0, virtio: 0, tsc_khz: 0 };
+        let message =
+            MachineMessage { memory_mib: 63, vcpus: 1, clock_ns: 0, virtio: 0, tsc_khz: 0, parked: false };
         let sections = [section("machine".into(), &message)];
         assert_eq!(MachineState::from_sections(&sections), Err(SectionError::Shape(ShapeError::Memory(63))));
     }

@@ -20,8 +20,6 @@ pub struct KvmVcpu {
     // Closed before the memory below is let go: fields drop in this order.
     fd: VcpuFd,
     kick: KvmKick,
-    /// The guest met an instruction that KVM cannot emulate and we can; the next run begins with it.
-    unfinished: Option<(Completion, InternalError)>,
     /// Where the guest's XSAVE areas hold what.
     xstate: Layout,
     /// An open vCPU keeps the machine and its memory slots alive in the kernel, so it keeps what they point into.
@@ -42,28 +40,25 @@ impl KvmVcpu {
         // SAFETY: the descriptor is open: `fd` owns it and outlives the borrow.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let kick = KvmKick::new(borrowed)?;
-        Ok(Self {
-            fd,
-            kick,
-            unfinished: None,
-            xstate: Layout::default(),
-            memory,
-            msrs,
-            rests: true,
-            held: None,
-        })
+        Ok(Self { fd, kick, xstate: Layout::default(), memory, msrs, rests: true, held: None })
     }
 
-    /// Finishes what the last exit left to do.
-    fn settle(&mut self) -> Result<(), Error> {
-        if !self.rests {
-            return Err(Error::Order("a vCPU's state is whole only after a run that was ended by a kick"));
+    /// Refuses what needs a vCPU at rest.
+    fn check_rest(&self) -> Result<(), Error> {
+        if self.rests {
+            return Ok(());
         }
-        match self.unfinished.take() {
-            Some((completion, _)) if !completion.finish(&self.fd, &self.memory, &self.xstate)? => {
-                Err(Error::Order("the guest stands at an instruction that nobody can emulate"))
-            }
-            _ => Ok(()),
+        Err(Error::Order("a vCPU's state is whole only after a run that was ended by a kick"))
+    }
+
+    /// Finishes the instruction that KVM could not emulate, or says why it cannot be finished.
+    ///
+    /// At once, and not when the vCPU runs again: it may write guest memory, which is saved while the vCPU rests.
+    fn complete(&self) -> Result<Option<InternalError>, Error> {
+        let error = self.kick.internal_error();
+        match Completion::of(&error) {
+            Some(completion) if completion.finish(&self.fd, &self.memory, &self.xstate)? => Ok(None),
+            _ => Ok(Some(error)),
         }
     }
 }
@@ -131,13 +126,13 @@ impl Vcpu for KvmVcpu {
     }
 
     fn save(&mut self) -> Result<VcpuState, Error> {
-        self.settle()?;
+        self.check_rest()?;
         self.hold_interrupts(false)?;
         save::save(&self.fd, &self.msrs)
     }
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
-        self.settle()?;
+        self.check_rest()?;
         save::restore(&self.fd, state)
     }
 
@@ -147,13 +142,20 @@ impl Vcpu for KvmVcpu {
 
     fn run(&mut self) -> Result<Exit<'_>, Error> {
         self.kick.enter();
-        if let Some((completion, error)) = self.unfinished.take()
-            && !completion.finish(&self.fd, &self.memory, &self.xstate)?
-        {
-            return Ok(Exit::InternalError(error));
-        }
-        let outcome = self.fd.run();
-        self.rests = matches!(outcome, Ok(VcpuExit::Intr | VcpuExit::InternalError) | Err(_));
+        let outcome = loop {
+            let fd = &raw mut self.fd;
+            // SAFETY: `self` stays borrowed for as long as what is returned; a turn of the loop that returns nothing keeps nothing.
+            // (For the borrow checker a borrow that may be returned lives on in either case.)
+            let outcome = unsafe { &mut *fd }.run();
+            if !matches!(outcome, Ok(VcpuExit::InternalError)) {
+                break outcome;
+            }
+            self.rests = true;
+            if let Some(error) = self.complete()? {
+                return Ok(Exit::InternalError(error));
+            }
+        };
+        self.rests = matches!(outcome, Ok(VcpuExit::Intr) | Err(_));
         match outcome {
             Ok(VcpuExit::IoOut(port, data)) => Ok(Exit::PortWrite { port, data }),
             Ok(VcpuExit::IoIn(port, data)) => Ok(Exit::PortRead { port, data }),
@@ -162,11 +164,6 @@ impl Vcpu for KvmVcpu {
             Ok(VcpuExit::Intr) => Ok(Exit::Kicked),
             Ok(VcpuExit::Shutdown) => Ok(Exit::Shutdown),
             Ok(VcpuExit::FailEntry(reason, _)) => Ok(Exit::FailedEntry { reason }),
-            Ok(VcpuExit::InternalError) => {
-                let error = self.kick.internal_error();
-                self.unfinished = Completion::of(&error).map(|completion| (completion, error));
-                if self.unfinished.is_some() { Ok(Exit::Kicked) } else { Ok(Exit::InternalError(error)) }
-            }
             Ok(_) => Ok(Exit::Unknown(self.kick.exit_reason())),
             Err(errno) if errno.errno() == libc::EINTR => {
                 self.kick.answered();

@@ -32,6 +32,8 @@ const RESET_CONTROL_RESET: u8 = 1 << 2;
 pub(crate) enum Effect {
     /// Go on.
     None,
+    /// Look what there is to do: the vCPU was kicked.
+    Look,
     /// The guest resets itself.
     Reset,
     /// A request through the power page.

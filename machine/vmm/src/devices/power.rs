@@ -1,7 +1,7 @@
 //! The power page: how the guest says that it is done, that it failed, or that its agent listens.
 //!
 //! 32-bit registers at [`crate::layout::POWER_PAGE`]. The agent maps the page, so a store from guest user mode reaches
-//! the monitor without the guest kernel on the way. The same numbers are in the guest's agent.
+//! the monitor without the guest kernel on the way. The same numbers are in `kiln_protocol::power`.
 
 const POWER_OFF: u64 = 0x0;
 const NOTICE: u64 = 0x4;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use kiln_control::{
     Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Entered, Happened, Parked,
-    Paused as PausedEvent, Resume, SaveState, Saved,
+    Paused as PausedEvent, Resume, SaveState, Saved as SavedEvent,
 };
 use kiln_hypervisor::Kvm;
 use kiln_virtio::VsockPorts;
@@ -27,6 +27,7 @@ use super::{CONSOLE_TAIL_BYTES, PROGRAM_NAME, restore};
 use crate::clock::{Nanoseconds, monotonic};
 use crate::console::Console;
 use crate::control::End;
+use crate::live::Saved;
 use crate::machine::Machine;
 use crate::paused::{MachineState, Paused};
 
@@ -98,8 +99,17 @@ impl Supervisor<'_> {
             (Do::Start(_) | Do::Restore(_) | Do::Files(_), _) => {
                 return Err(ChannelError::Malformed("a monitor makes one machine"));
             }
-            // A machine that runs goes on, one that has ended does not.
-            (Do::Resume(_) | Do::Stop(_), state) => state,
+            (Do::Resume(resume), state) if resume.generation.is_empty() => {
+                // It runs already.
+                let [spawned_ns, ordered_ns] = [self.reporter.spawned, ordered].map(|at| at.0);
+                send(
+                    self.channel,
+                    Happened::Entered(Entered { spawned_ns, ordered_ns, entered_ns: ordered_ns }),
+                )?;
+                state
+            }
+            (Do::Resume(_), _) => return Err(ChannelError::Malformed("mail for a machine that runs")),
+            (Do::Stop(_), state) => state,
         })
     }
 
@@ -110,7 +120,7 @@ impl Supervisor<'_> {
             Err(machine) => return Ok(ended(machine)),
         };
         let at = monotonic();
-        if paused.machine.shared.control.take_parked() {
+        if paused.is_parked() {
             send(self.channel, Happened::Parked(Parked { at_ns: at.0 }))?;
         }
         if let Some(ordered) = ordered {
@@ -153,6 +163,7 @@ impl Supervisor<'_> {
         ordered: Nanoseconds,
     ) -> Result<State, ChannelError> {
         let file = only(files)?;
+        self.live = None;
         let mut paused_ns = 0;
         let (state, failure) = match state {
             State::Resting(paused) => {
@@ -161,7 +172,14 @@ impl Supervisor<'_> {
             }
             State::Running(machine) => {
                 let (machine, saved) = machine.save_running(&file);
-                let machine = machine.ok_or(ChannelError::Io(Errno::AGAIN))?;
+                let state = match machine {
+                    Saved::Running(machine) => State::Running(machine),
+                    Saved::Parked(paused) => {
+                        send(self.channel, Happened::Parked(Parked { at_ns: monotonic().0 }))?;
+                        State::Resting(paused)
+                    }
+                    Saved::Lost => return Err(ChannelError::Io(Errno::AGAIN)),
+                };
                 let failure = match saved {
                     Ok(live) => {
                         paused_ns = live.pause.as_nanos() as u64;
@@ -170,7 +188,7 @@ impl Supervisor<'_> {
                     }
                     Err(error) => Some(with_causes(&error)),
                 };
-                (State::Running(machine), failure)
+                (state, failure)
             }
             ended @ State::Ended(..) => (ended, Some("the machine has ended".into())),
         };
@@ -186,10 +204,12 @@ impl Supervisor<'_> {
         ordered: Nanoseconds,
     ) -> Result<State, ChannelError> {
         let file = only(files)?;
-        let machine = match &mut state {
-            State::Resting(paused) => paused.save().map_err(|error| with_causes(&error)),
-            State::Running(_) => self.live.take().ok_or_else(|| "the machine's memory was not saved".into()),
-            State::Ended(..) => Err("the machine has ended".into()),
+        // What goes with a memory saved of a running machine is of that instant, whatever the machine does by now.
+        let machine = match (self.live.take(), &mut state) {
+            (Some(live), _) => Ok(live),
+            (None, State::Resting(paused)) => paused.save().map_err(|error| with_causes(&error)),
+            (None, State::Running(_)) => Err("the machine's memory was not saved".into()),
+            (None, State::Ended(..)) => Err("the machine has ended".into()),
         };
         let written = machine.and_then(|machine| {
             restore::save_state(self.kvm, &machine, order, &file).map_err(|failure| failure.message)
@@ -205,7 +225,7 @@ impl Supervisor<'_> {
         paused_ns: u64,
     ) -> Result<(), ChannelError> {
         let took_ns = monotonic().0 - ordered.0;
-        let saved = Saved { failure: failure.unwrap_or_default(), took_ns, paused_ns };
+        let saved = SavedEvent { failure: failure.unwrap_or_default(), took_ns, paused_ns };
         send(self.channel, Happened::Saved(saved))
     }
 

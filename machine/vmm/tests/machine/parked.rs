@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use kiln_control::{Blame, Do, EndReason, Happened, Pause, Restore, Resume, SaveMemory, SaveState, Saved};
 use kiln_vmm::mailbox::GENERATION_BYTES;
@@ -155,6 +155,58 @@ fn a_machine_that_runs_is_saved_and_goes_on() {
     }
 }
 
+/// A guest that never parks, paused.
+fn paused() -> Monitor {
+    let spinning = Guest::default().ring(2).code(&[0xeb, 0xfe]);
+    let monitor = Monitor::start(&spinning.elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    monitor.order(Do::Pause(Pause {}), &no_files());
+    assert!(matches!(monitor.event(), Happened::Paused(_)));
+    monitor
+}
+
+#[test]
+fn only_a_parked_machine_becomes_another() {
+    let monitor = paused();
+    let failed = restore(&save(&monitor), generation(1)).failed();
+    assert!(failed.message.contains("not parked"), "{failed:?}");
+    monitor.order(Do::Resume(Resume { generation: generation(1) }), &no_files());
+    assert_eq!(monitor.exit().code(), Some(125));
+}
+
+#[test]
+fn a_machine_that_runs_may_be_told_to_go_on() {
+    let monitor = paused();
+    for _ in 0..3 {
+        monitor.order(Do::Resume(Resume::default()), &no_files());
+        entered(&monitor);
+    }
+    monitor.order(Do::Resume(Resume { generation: generation(1) }), &no_files());
+    assert_eq!(monitor.exit().code(), Some(125));
+}
+
+#[test]
+fn a_state_is_of_the_instant_its_memory_was_saved_at() {
+    // Rings until the host has opened the gate, and parks then.
+    let guest = Guest::default().ring(2).code(&[0x83, 0x3d, 0, 0, 0x30, 0, 0, 0x74, 0xf7]).halt();
+    let monitor = Monitor::start(&guest.elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    let [memory, state, paused_state] = [(); 3].map(|()| tempfile::tempfile().expect("a file"));
+    monitor.order(Do::SaveMemory(SaveMemory {}), &[&memory]);
+    assert_eq!(saved(&monitor).failure, "");
+    monitor.order(Do::Pause(Pause {}), &no_files());
+    assert!(matches!(monitor.event(), Happened::Paused(_)));
+    let digest = vec![1; 32];
+    let order = SaveState { kernel: digest.clone(), initramfs: digest.clone(), memory: digest };
+    for file in [&state, &paused_state] {
+        monitor.order(Do::SaveState(order.clone()), &[file]);
+        assert_eq!(saved(&monitor).failure, "");
+    }
+    let content = |file: &File| std::fs::read(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("read");
+    // The second is of later: its clocks say so.
+    assert_ne!(content(&state), content(&paused_state));
+}
+
 #[test]
 fn a_save_that_fails_says_so_and_the_machine_goes_on() {
     let monitor = parked(&parking(true));
@@ -172,8 +224,7 @@ fn a_save_that_fails_says_so_and_the_machine_goes_on() {
 fn a_snapshot_that_is_not_whole_is_refused() {
     let source = parked(&parking(true));
     let [state, memory] = save(&source);
-    let whole =
-        std::fs::read(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&state))).expect("read");
+    let whole = std::fs::read(format!("/proc/self/fd/{}", state.as_raw_fd())).expect("read");
     let refused = |bytes: &[u8], memory: &File, part: &str| {
         let files = [file(bytes), memory.try_clone().expect("a descriptor")];
         let failed = restore(&files, generation(1)).failed();

@@ -10,7 +10,7 @@ use kiln_memory::Gpa;
 use kiln_snapshot::Header;
 use kiln_support::digest::Digest;
 use kiln_virtio::{Device, Rng};
-use kiln_vmm::{Console, Machine, MachineState, Observer, Paused, RestoreError, Shape, Shell, boot};
+use kiln_vmm::{Console, Machine, MachineState, Observer, Paused, RestoreError, Saved, Shape, Shell, boot};
 
 use crate::guest::{Guest, file, phases};
 
@@ -220,7 +220,8 @@ fn a_machine_saved_while_it_runs_is_as_it_was_at_one_instant() {
         assert_eq!(rung.recv(), Ok(RUNG), "it goes on");
         let memory = tempfile::tempfile().expect("a file");
         let (machine, saved) = source.save_running(&memory);
-        source = machine.expect("it goes on");
+        let Saved::Running(machine) = machine else { panic!("it goes on") };
+        source = machine;
         let state = through_a_file(&saved.expect("saved").state);
         let console = Console::new(None).expect("a console");
         let copy = restore(&state, &memory, &console).expect("restored");

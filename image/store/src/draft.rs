@@ -1,4 +1,4 @@
-//! Files that are mostly holes: what is in them, copying them, and making an object of one.
+//! Objects made of files that somebody else writes, mostly holes.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io;
@@ -6,8 +6,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
 
 use kiln_support::digest::{BLOCK_BYTES, Digest, block_count, tree_id};
-use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
-use rustix::io::Errno;
+use kiln_support::sparse::Holes;
 
 use crate::error::Context;
 use crate::writer::{MAX_OBJECT_BYTES, zero_block_digest};
@@ -110,86 +109,6 @@ fn digests(file: &File) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(digests))
 }
 
-/// Where a file has holes, asked from its start to its end.
-pub(crate) struct Holes<'a> {
-    file: &'a File,
-    length: u64,
-    data: std::ops::Range<u64>,
-}
-
-impl<'a> Holes<'a> {
-    pub(crate) fn of(file: &'a File, length: u64) -> Self {
-        Self { file, length, data: 0..0 }
-    }
-
-    /// Whether all of `range`, which begins at or behind the one asked for before, lies in a hole.
-    pub(crate) fn have(&mut self, range: std::ops::Range<u64>) -> io::Result<bool> {
-        if self.data.end <= range.start {
-            self.data = next_data(self.file, range.start)?.unwrap_or(self.length..self.length);
-        }
-        Ok(range.end <= self.data.start)
-    }
-}
-
-/// The first range of data at or behind `from`; `None` when only a hole is left.
-fn next_data(file: &File, from: u64) -> io::Result<Option<std::ops::Range<u64>>> {
-    let start = match seek(file, SeekFrom::Data(from)) {
-        Ok(start) => start,
-        Err(Errno::NXIO) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let end = seek(file, SeekFrom::Hole(start))?;
-    Ok(Some(start..end))
-}
-
-/// Makes the empty file `to` a copy of `from`: sharing its blocks where the file system can, else its data alone.
-///
-/// # Errors
-/// What the file system says.
-pub fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
-    if ioctl_ficlone(to, from).is_ok() {
-        return Ok(());
-    }
-    let length = from.metadata()?.len();
-    to.set_len(length)?;
-    let mut at = 0;
-    while let Some(data) = next_data(from, at)? {
-        copy_range(from, to, &data)?;
-        at = data.end;
-    }
-    Ok(())
-}
-
-fn copy_range(from: &File, to: &File, range: &std::ops::Range<u64>) -> io::Result<()> {
-    let (mut read_at, mut write_at) = (range.start, range.start);
-    while read_at < range.end {
-        let left = usize::try_from(range.end - read_at).unwrap_or(usize::MAX);
-        match copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), left) {
-            // The file became shorter under our hands.
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) | Err(Errno::INTR) => {}
-            // Between file systems, or where the kernel cannot: by hand.
-            Err(Errno::XDEV | Errno::NOSYS | Errno::OPNOTSUPP | Errno::INVAL) => {
-                return copy_by_hand(from, to, read_at..range.end);
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-fn copy_by_hand(from: &File, to: &File, range: std::ops::Range<u64>) -> io::Result<()> {
-    let mut buffer = vec![0; BLOCK_BYTES];
-    let mut at = range.start;
-    while at < range.end {
-        let chunk = &mut buffer[..(range.end - at).min(BLOCK_BYTES as u64) as usize];
-        from.read_exact_at(chunk, at)?;
-        to.write_all_at(chunk, at)?;
-        at += chunk.len() as u64;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Read;
@@ -261,21 +180,5 @@ mod tests {
         assert!(matches!(draft.adopt(), Err(StoreError::TooLarge { .. })));
         assert!(!path.exists());
         assert_eq!(std::fs::read_dir(store.root().join("objects")).expect("a directory").count(), 0);
-    }
-
-    #[test]
-    fn a_copy_has_the_data_and_the_holes() {
-        let (from, to) = (tempfile::tempfile().expect("a file"), tempfile::tempfile().expect("a file"));
-        let content = fill(&from, 3 << 20);
-        copy_sparse(&from, &to).expect("copied");
-        let mut read = vec![0; content.len()];
-        to.read_exact_at(&mut read, 0).expect("as long as the other");
-        assert!(read == content);
-        assert_eq!(to.metadata().expect("known").len(), content.len() as u64);
-        assert!(to.metadata().expect("known").blocks() * 512 < 1 << 20);
-        let by_hand = tempfile::tempfile().expect("a file");
-        copy_by_hand(&from, &by_hand, 0..content.len() as u64).expect("copied");
-        by_hand.read_exact_at(&mut read, 0).expect("as long as the other");
-        assert!(read == content);
     }
 }
