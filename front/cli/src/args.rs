@@ -337,16 +337,16 @@ Examples:
   kiln bake --warmup 'python3 -c \"import json\"' --name json python:3.12
   kiln run snapshot:json -- python3            a machine that begins where the warm-up ended
   kiln bake --extra-file ./app.conf:/etc/app.conf --warmup-file ./prepare.sh --name app app:1
-  kiln bake --ready-port 5432 --name db postgres:17
-  kiln run snapshot:db -- psql -U postgres     beside the server, which has been running since the bake
+  kiln bake --ready-port 6379 --name redis redis:8
+  kiln run snapshot:redis -- redis-cli ping    beside the server, which is up already
   kiln bake --ready-log 'accepts connections' --ready-timeout 5m --name srv app:1 -- serve --warm
 
 Files are put in place first, warm-ups run to their end, and the command is started last. It stays
 process 1 of the guest (with --init a child of the reaper): when it ends, so does all else in there.
-What it has written is not kept, and it has no stdin.
+What it writes is not kept, and it has no stdin.
 
-Prints the snapshot's key. Baking what is baked already costs nothing: what is part of the key is the
-image, the machine, every file's content, warm-ups, command, trigger and environment.";
+Prints the snapshot's key. Baking what is baked already costs nothing. The key is made of
+the image, the machine, contents of files, warm-ups, command, what it is ready by, and environment.";
 
 /// `kiln snapshot`.
 #[derive(Debug, Args)]
