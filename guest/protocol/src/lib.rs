@@ -32,8 +32,9 @@ pub const HOST_CID: u32 = 2;
 pub const MAX_PAYLOAD_BYTES: usize = 1 << 20;
 /// The most bytes one data frame may carry; small enough that a control frame never waits long behind it.
 pub const MAX_DATA_BYTES: usize = 32 << 10;
-/// The most bytes that one [`WriteFile`] writes.
-pub const MAX_FILE_PART_BYTES: usize = 256 << 10;
+/// The most bytes that one [`WriteFile`] writes; small enough that the agent takes each part with the memory of the last, for
+/// fresh memory costs a guest more than a message does.
+pub const MAX_FILE_PART_BYTES: usize = 32 << 10;
 /// The most bytes of a file that is written by [`WriteFile`].
 pub const MAX_FILE_BYTES: u64 = 1 << 30;
 /// What a sender may send on a stream before the receiver has granted anything.
