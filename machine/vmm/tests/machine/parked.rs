@@ -138,25 +138,44 @@ fn memory_saved_ahead_and_the_rest_are_the_whole() {
     let counting = Guest::default().ring(2).code(&[0xff, 0x05, 0, 0, 0x30, 0, 0xeb, 0xf8]);
     let monitor = Monitor::start(&counting.elf());
     while !matches!(monitor.event(), Happened::Ready(_)) {}
-    let [parts, whole, other] = [(); 3].map(|()| tempfile::tempfile().expect("a file"));
-    save_memory(&monitor, Portion::Ahead, &parts);
-    let ahead = content(&parts);
-    monitor.order(Do::Pause(Pause {}), &no_files());
-    assert!(matches!(monitor.event(), Happened::Paused(_)));
-    save_memory(&monitor, Portion::Rest, &parts);
-    save_memory(&monitor, Portion::Whole, &whole);
-    assert!(content(&parts) == content(&whole));
-    assert!(ahead != content(&whole), "the guest went on counting");
+    let new = || tempfile::tempfile().expect("a file");
+    let go_on = || {
+        monitor.order(Do::Resume(Resume::default()), &no_files());
+        entered(&monitor);
+    };
+    let pause = || {
+        monitor.order(Do::Pause(Pause {}), &no_files());
+        assert!(matches!(monitor.event(), Happened::Paused(_)));
+    };
+    // Until the guest has counted between the two, for which it may have had no time.
+    let before = loop {
+        let [parts, whole] = [new(), new()];
+        save_memory(&monitor, Portion::Ahead, &parts);
+        let ahead = content(&parts);
+        pause();
+        save_memory(&monitor, Portion::Rest, &parts);
+        save_memory(&monitor, Portion::Whole, &whole);
+        let whole = content(&whole);
+        assert!(content(&parts) == whole);
+        if ahead != whole {
+            break whole;
+        }
+        go_on();
+    };
     // What was saved ahead in one file is no part of another.
-    monitor.order(Do::Resume(Resume::default()), &no_files());
-    entered(&monitor);
-    save_memory(&monitor, Portion::Ahead, &tempfile::tempfile().expect("a file"));
-    monitor.order(Do::Pause(Pause {}), &no_files());
-    assert!(matches!(monitor.event(), Happened::Paused(_)));
-    save_memory(&monitor, Portion::Whole, &other);
-    let [before, after] = [&whole, &other].map(content);
-    assert!(before != after && before.len() == after.len());
-    let again = tempfile::tempfile().expect("a file");
+    let after = loop {
+        go_on();
+        save_memory(&monitor, Portion::Ahead, &new());
+        pause();
+        let whole = new();
+        save_memory(&monitor, Portion::Whole, &whole);
+        let whole = content(&whole);
+        assert_eq!(before.len(), whole.len());
+        if before != whole {
+            break whole;
+        }
+    };
+    let again = new();
     save_memory(&monitor, Portion::Rest, &again);
     assert!(content(&again) == after, "a rest of nothing is the whole");
 }
