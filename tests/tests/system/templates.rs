@@ -154,10 +154,13 @@ fn a_damaged_snapshot_is_baked_anew() {
         }),
     ];
     for (what, damage) in damages {
-        damage(&bake(&store(), &options));
+        damage(&bake(&store(), &[&options[..], &["--name", "hurt"]].concat()));
         let (outcome, phases) = run_with_phases(&options, &["echo", "sound"]);
         outcome.prints("sound\n");
         assert!(has(&phases, "template_baked") && has(&phases, "resumed"), "{what}: {phases:?}");
+        // Its name is in the record, if that can be read.
+        let named = Outcome::of(&mut kiln(["snapshot", "inspect", "hurt"]));
+        assert_eq!(named.out().contains("\"hurt\""), !what.contains("record"), "{what}: {}", named.err());
         let (_, phases) = run_with_phases(&options, &["true"]);
         assert!(!has(&phases, "template_baked"), "{what}: baked for ever: {phases:?}");
     }

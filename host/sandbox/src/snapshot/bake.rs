@@ -179,7 +179,10 @@ async fn bake_template(
         None => None,
     };
     let service = builder.content.service.as_ref().map(|service| words(&service.launch));
-    finish(&session, &SnapshotRecord { scratch, service, image: Some(snapshots.image.clone()), ..record })
+    // One that takes the place of another is called as that was.
+    let before = snapshots.store.snapshot(&keys.template).ok().flatten();
+    let (name, image) = (before.and_then(|before| before.name), Some(snapshots.image.clone()));
+    finish(&session, &SnapshotRecord { name, scratch, service, image, ..record })
 }
 
 /// Puts the record, after all it names, and opens what it stands for while the session still keeps it.
