@@ -58,23 +58,16 @@ impl<H: Hypervisor> Machine<H> {
     /// # Errors
     /// [`LiveError`]; the file is of no use then.
     pub fn save_running(self, file: &File) -> (Saved<H>, Result<LiveState, LiveError>) {
-        let watch = match self.memory.watch() {
-            Ok(watch) => match self.copy_ahead(file, &watch) {
-                Ok(()) => Some(watch),
-                Err(error) => return (Saved::Running(self), Err(error.into())),
-            },
-            // A host that cannot watch: the machine stands still for all of the copy.
-            Err(_) => None,
+        let watch = match self.save_ahead(file) {
+            Ok(watch) => watch,
+            Err(error) => return (Saved::Running(self), Err(error.into())),
         };
         let start = Instant::now();
         let mut paused = match self.pause() {
             Ok(paused) => paused,
             Err(machine) => return (Saved::Running(machine), Err(LiveError::Ended)),
         };
-        let rest = match watch {
-            Some(watch) => watch.take().and_then(|written| paused.memory().save_pages(file, &written)),
-            None => paused.memory().save(file),
-        };
+        let rest = paused.save_rest(file, watch);
         let state = rest.map_err(LiveError::from).and_then(|()| Ok(paused.save()?));
         let live = |state: Result<_, _>| state.map(|state| LiveState { state, pause: start.elapsed() });
         if paused.is_parked() {
@@ -93,12 +86,6 @@ impl<H: Hypervisor> Machine<H> {
     /// The host's; the file is of no use then.
     pub fn save_ahead(&self, file: &File) -> io::Result<Option<Watch>> {
         let Ok(watch) = self.memory.watch() else { return Ok(None) };
-        self.copy_ahead(file, &watch)?;
-        Ok(Some(watch))
-    }
-
-    /// Copies the memory while the guest runs. What it writes meanwhile and is not copied, the watch still tells.
-    fn copy_ahead(&self, file: &File, watch: &Watch) -> io::Result<()> {
         self.memory.save(file)?;
         for _ in 0..ROUNDS_MAX {
             let written = watch.take()?;
@@ -107,6 +94,6 @@ impl<H: Hypervisor> Machine<H> {
                 break;
             }
         }
-        Ok(())
+        Ok(Some(watch))
     }
 }

@@ -98,12 +98,16 @@ impl<H: Hypervisor> Paused<H> {
         &self.machine.memory
     }
 
-    /// Writes what `watch` tells of the memory to the file that has the rest of it.
+    /// Writes to `file`, which has the memory as it was saved ahead, what `watch` tells was written since; without one nothing
+    /// was saved ahead, and all of the memory is written.
     ///
     /// # Errors
     /// The host's; the file is of no use then.
-    pub fn save_rest(&self, file: &File, watch: &Watch) -> std::io::Result<()> {
-        watch.take().and_then(|written| self.memory().save_pages(file, &written))
+    pub fn save_rest(&self, file: &File, watch: Option<Watch>) -> std::io::Result<()> {
+        match watch {
+            Some(watch) => self.memory().save_pages(file, &watch.take()?),
+            None => self.memory().save(file),
+        }
     }
 
     /// Everything but the memory.

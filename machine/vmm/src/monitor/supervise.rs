@@ -9,6 +9,7 @@
 //! ```
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -44,12 +45,14 @@ pub(super) struct Supervisor<'a> {
     pub(super) ahead: Option<Watch>,
 }
 
-/// What a machine does.
+/// What a machine does until it has ended.
 pub(super) enum State {
     Running(Machine<Kvm>),
     Resting(Paused<Kvm>),
-    Ended(End, Console),
 }
+
+/// What comes next: a state, or the end of the machine with its last words.
+type Next = ControlFlow<(End, Console), State>;
 
 /// What ended a wait.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -67,8 +70,7 @@ impl Supervisor<'_> {
     pub(super) fn run(&mut self, mut state: State) -> Result<(), ChannelError> {
         loop {
             let woken = self.wait_for(&state)?;
-            state = match (state, woken) {
-                (State::Ended(end, console), _) => return self.report_end(end, &console),
+            let next = match (state, woken) {
                 (State::Running(machine), Woken::End) => ended(machine),
                 (State::Running(machine), Woken::Parked) => self.rest(machine, None)?,
                 (state, _) => {
@@ -76,23 +78,27 @@ impl Supervisor<'_> {
                     self.obey(state, command, files)?
                 }
             };
+            state = match next {
+                ControlFlow::Continue(state) => state,
+                ControlFlow::Break((end, console)) => return self.report_end(end, &console),
+            };
         }
     }
 
-    fn obey(&mut self, state: State, command: Command, files: Vec<OwnedFd>) -> Result<State, ChannelError> {
+    fn obey(&mut self, state: State, command: Command, files: Vec<OwnedFd>) -> Result<Next, ChannelError> {
         let ordered = monotonic();
         let call = command.call.ok_or(ChannelError::Malformed("a command that asks for nothing"))?;
-        Ok(match (call, state) {
+        let state = match (call, state) {
+            (Do::Stop(_), State::Running(machine) | State::Resting(Paused { machine, .. })) => {
+                machine.stop();
+                return Ok(ended(machine));
+            }
+            (Do::Pause(_), State::Running(machine)) => return self.rest(machine, Some(ordered)),
             (Do::Connect(connect), state) => {
                 connect_port(&self.ports, &connect, files);
                 state
             }
-            (Do::Stop(_), State::Running(machine) | State::Resting(Paused { machine, .. })) => {
-                machine.stop();
-                ended(machine)
-            }
-            (Do::Pause(_), State::Running(machine)) => self.rest(machine, Some(ordered))?,
-            (Do::Pause(_), state) => {
+            (Do::Pause(_), state @ State::Resting(_)) => {
                 send(self.channel, Happened::Paused(PausedEvent { took_ns: 0 }))?;
                 state
             }
@@ -102,7 +108,7 @@ impl Supervisor<'_> {
             (Do::Start(_) | Do::Restore(_) | Do::Files(_), _) => {
                 return Err(ChannelError::Malformed("a monitor makes one machine"));
             }
-            (Do::Resume(resume), state) if resume.generation.is_empty() => {
+            (Do::Resume(resume), state @ State::Running(_)) if resume.generation.is_empty() => {
                 // It runs already.
                 let [spawned_ns, ordered_ns] = [self.reporter.spawned, ordered].map(|at| at.0);
                 send(
@@ -111,13 +117,15 @@ impl Supervisor<'_> {
                 )?;
                 state
             }
-            (Do::Resume(_), _) => return Err(ChannelError::Malformed("mail for a machine that runs")),
-            (Do::Stop(_), state) => state,
-        })
+            (Do::Resume(_), State::Running(_)) => {
+                return Err(ChannelError::Malformed("mail for a machine that runs"));
+            }
+        };
+        Ok(ControlFlow::Continue(state))
     }
 
     /// Stops a machine whose host asked at `ordered`, or whose guest has parked it.
-    fn rest(&self, machine: Machine<Kvm>, ordered: Option<Nanoseconds>) -> Result<State, ChannelError> {
+    fn rest(&self, machine: Machine<Kvm>, ordered: Option<Nanoseconds>) -> Result<Next, ChannelError> {
         let paused = match machine.pause() {
             Ok(paused) => paused,
             Err(machine) => return Ok(ended(machine)),
@@ -129,7 +137,7 @@ impl Supervisor<'_> {
         if let Some(ordered) = ordered {
             send(self.channel, Happened::Paused(PausedEvent { took_ns: at.0 - ordered.0 }))?;
         }
-        Ok(State::Resting(paused))
+        Ok(ControlFlow::Continue(State::Resting(paused)))
     }
 
     fn resume(
@@ -173,11 +181,7 @@ impl Supervisor<'_> {
         let ahead = self.ahead.take().filter(|_| portion == Portion::Rest);
         let (state, failure) = match state {
             State::Resting(mut paused) => {
-                let saved = match &ahead {
-                    Some(watch) => paused.save_rest(&file, watch),
-                    None => paused.memory().save(&file),
-                };
-                let failure = match (saved, paused.save()) {
+                let failure = match (paused.save_rest(&file, ahead), paused.save()) {
                     (Ok(()), Ok(state)) => {
                         // So that the machine may go on before it is known what its memory is called.
                         self.live = Some(state);
@@ -213,7 +217,6 @@ impl Supervisor<'_> {
                 };
                 (state, failure)
             }
-            ended @ State::Ended(..) => (ended, Some("the machine has ended".into())),
         };
         self.report_save(failure, ordered, paused_ns)?;
         Ok(state)
@@ -232,7 +235,6 @@ impl Supervisor<'_> {
             (Some(live), _) => Ok(live),
             (None, State::Resting(paused)) => paused.save().map_err(|error| with_causes(&error)),
             (None, State::Running(_)) => Err("the machine's memory was not saved".into()),
-            (None, State::Ended(..)) => Err("the machine has ended".into()),
         };
         let written = machine.and_then(|machine| {
             restore::save_state(self.kvm, &machine, order, &file).map_err(|failure| failure.message)
@@ -268,7 +270,6 @@ impl Supervisor<'_> {
         let machine = match state {
             State::Running(machine) => machine,
             State::Resting(_) => return Ok(Woken::Command),
-            State::Ended(..) => return Ok(Woken::End),
         };
         let (ended, parked) = (machine.ended_fd(), machine.parked_fd());
         loop {
@@ -294,9 +295,8 @@ fn only(files: Vec<OwnedFd>) -> Result<File, ChannelError> {
     only.map_err(|_| ChannelError::Malformed("one file is saved to"))
 }
 
-fn ended(machine: Machine<Kvm>) -> State {
-    let (end, console) = machine.wait();
-    State::Ended(end, console)
+fn ended(machine: Machine<Kvm>) -> Next {
+    ControlFlow::Break(machine.wait())
 }
 
 /// Connects the one socket beside the command to a port of the guest. Whatever goes wrong closes the socket, which is
