@@ -2,7 +2,7 @@
 
 use kiln::image::Image;
 use kiln::store::{SnapshotRecord, Store};
-use kiln::{Bake, Scratch, Vm, VmBuilder, VmError};
+use kiln::{Bake, Scratch, Vm, VmBuilder, VmError, with_causes};
 
 use crate::args::MachineFlags;
 use crate::events::EventLog;
@@ -99,19 +99,4 @@ pub(crate) fn with_snapshots(
 /// A guest that cannot be saved is that every time; a host that is short of something can be helped.
 fn is_worth_a_warning(why: &VmError) -> bool {
     matches!(why, VmError::Bake(error) if error.is_hosts())
-}
-
-/// An error and what caused it, in one line.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let line = error.to_string();
-        // Some errors already say their cause.
-        if !text.contains(&line) {
-            text = format!("{text}: {line}");
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -32,10 +32,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use kiln_protocol::Reason;
+use rustix::time::ClockId;
 
 use crate::Blame;
 #[cfg(doc)]
 use crate::Vm;
+use crate::vm::boot::clock_ns;
 
 /// What can go wrong with detached machines.
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +131,5 @@ impl DetachedError {
 
 /// Milliseconds since 1970.
 fn now_unix_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    clock_ns(ClockId::Realtime) / 1_000_000
 }

@@ -10,6 +10,7 @@
 pub mod agent;
 mod blame;
 pub mod bundle;
+mod causes;
 pub mod detached;
 mod disk;
 pub mod launch;
@@ -21,6 +22,7 @@ mod vm;
 pub use agent::{AgentError, Child, ExitStatus};
 pub use blame::Blame;
 pub use bundle::{BuiltIn, BundleError, GuestBundle};
+pub use causes::with_causes;
 pub use disk::{Disk, Extent, Scratch, ScratchError};
 pub use kiln_oci as image;
 pub use kiln_protocol::{Reason, WindowSize};

@@ -1,8 +1,5 @@
 //! Making VMs: from an image, from a snapshot, from one that runs.
 
-use std::time::SystemTime;
-
-use kiln::Digest;
 use kiln::detached::{Defaults, Machines, Origin, ScratchKind, State, VmRecord};
 use kiln::image::Image;
 use kiln::store::{SnapshotImage, SnapshotKind};
@@ -88,17 +85,10 @@ pub(crate) async fn fork(
             .hint(format!("let it go on: kiln vm resume {vm}")));
     }
     let fresh = named(name)?;
-    let record = VmRecord {
-        id: fresh.id,
-        name: fresh.name,
-        origin: Origin::Fork { of: source.name.clone() },
-        created_unix_ms: now_unix_ms(),
-        state: State::Created,
-        started_unix_ms: None,
-        paused_total_ms: 0,
-        keeper_pid: None,
-        ..source
-    };
+    let VmRecord { memory_mib, vcpus, scratch, kernel, volumes, defaults, .. } = source;
+    let origin = Origin::Fork { of: source.name };
+    let record = VmRecord::new(fresh.id, fresh.name, source.image, origin);
+    let record = VmRecord { memory_mib, vcpus, scratch, kernel, volumes, defaults, ..record };
     put_and_start(context, machines, record).await
 }
 
@@ -132,30 +122,14 @@ fn named(name: Option<String>) -> Result<Named, Failure> {
 /// The record of a VM of which only the image is known.
 fn blank(name: Option<String>, image: &Image) -> Result<VmRecord, Failure> {
     let Named { id, name } = named(name)?;
-    Ok(VmRecord {
-        id,
-        name,
-        image: SnapshotImage { reference: image.name.clone(), manifest: Digest::clone(&image.digest) },
-        origin: Origin::Image,
-        memory_mib: 0,
-        vcpus: 0,
-        scratch: ScratchKind::Memory,
-        kernel: None,
-        volumes: image.config.volumes.clone(),
-        defaults: Defaults {
-            env: image.config.env.clone(),
-            user: image.config.user.clone(),
-            working_directory: image.config.working_dir.clone(),
-        },
-        created_unix_ms: now_unix_ms(),
-        state: State::Created,
-        started_unix_ms: None,
-        ended_unix_ms: None,
-        end: None,
-        paused_unix_ms: None,
-        paused_total_ms: 0,
-        keeper_pid: None,
-    })
+    let config = &image.config;
+    let defaults = Defaults {
+        env: config.env.clone(),
+        user: config.user.clone(),
+        working_directory: config.working_dir.clone(),
+    };
+    let of = SnapshotImage { reference: image.name.clone(), manifest: image.digest };
+    Ok(VmRecord { volumes: config.volumes.clone(), defaults, ..VmRecord::new(id, name, of, Origin::Image) })
 }
 
 fn scratch(machine: &MachineFlags) -> ScratchKind {
@@ -166,9 +140,4 @@ fn scratch(machine: &MachineFlags) -> ScratchKind {
     } else {
         ScratchKind::Disk { bytes: machine.scratch_size }
     }
-}
-
-fn now_unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -5,7 +5,6 @@
 //!                                                   └ requests, each a task             └ who asked for the end is answered
 //! ```
 
-use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -22,7 +21,7 @@ use super::wire::{
 use super::{DetachedError, Life, State};
 use crate::monitor::MachineEnd;
 use crate::monitor::channel::AsyncChannel;
-use crate::{ExecError, Standstill, Vm, VmError};
+use crate::{ExecError, Standstill, Vm, VmError, with_causes};
 
 /// The most requests at a time; who connects beyond waits.
 const REQUESTS_MAX: usize = 64;
@@ -239,18 +238,4 @@ impl From<ExecError> for Failed {
         let reason = error.refusal().map(Into::into);
         Self { reason, ..failed(error.blame().into(), &with_causes(&error)) }
     }
-}
-
-/// An error and its causes, in one line.
-fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let line = error.to_string();
-        if !text.contains(&line) {
-            text = format!("{text}: {line}");
-        }
-        cause = error.source();
-    }
-    text
 }

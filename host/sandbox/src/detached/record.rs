@@ -6,6 +6,8 @@ use kiln_store::SnapshotImage;
 use kiln_support::digest::Digest;
 use serde::{Deserialize, Serialize};
 
+use super::now_unix_ms;
+
 /// The most bytes of a machine's name: a host name has no room for more.
 const NAME_BYTES_MAX: usize = 63;
 
@@ -137,6 +139,30 @@ impl State {
 }
 
 impl VmRecord {
+    /// The record of a machine that is created now, and of which nothing else is known.
+    pub fn new(id: String, name: String, image: SnapshotImage, origin: Origin) -> Self {
+        Self {
+            id,
+            name,
+            image,
+            origin,
+            memory_mib: 0,
+            vcpus: 0,
+            scratch: ScratchKind::Memory,
+            kernel: None,
+            volumes: Vec::new(),
+            defaults: Defaults::default(),
+            created_unix_ms: now_unix_ms(),
+            state: State::Created,
+            started_unix_ms: None,
+            ended_unix_ms: None,
+            end: None,
+            paused_unix_ms: None,
+            paused_total_ms: 0,
+            keeper_pid: None,
+        }
+    }
+
     /// Takes note that the machine runs, kept by this process.
     pub(super) fn started(&mut self, now_unix_ms: u64) {
         self.state = State::Running;
@@ -179,26 +205,9 @@ pub(super) mod tests {
 
     /// The record of a machine with this name.
     pub(in crate::detached) fn record(name: &str) -> VmRecord {
-        VmRecord {
-            id: "0123456789ab".into(),
-            name: name.into(),
-            image: SnapshotImage { reference: "demo".into(), manifest: Digest::EMPTY },
-            origin: Origin::Image,
-            memory_mib: 64,
-            vcpus: 1,
-            scratch: ScratchKind::Memory,
-            kernel: None,
-            volumes: Vec::new(),
-            defaults: Defaults::default(),
-            created_unix_ms: 1,
-            state: State::Created,
-            started_unix_ms: None,
-            ended_unix_ms: None,
-            end: None,
-            paused_unix_ms: None,
-            paused_total_ms: 0,
-            keeper_pid: None,
-        }
+        let image = SnapshotImage { reference: "demo".into(), manifest: Digest::EMPTY };
+        let record = VmRecord::new("0123456789ab".into(), name.into(), image, Origin::Image);
+        VmRecord { memory_mib: 64, vcpus: 1, created_unix_ms: 1, ..record }
     }
 
     #[test]

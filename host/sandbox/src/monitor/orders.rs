@@ -49,20 +49,13 @@ impl Monitor {
         self.reach(|life| life.ready.then_some(life.boot)).await
     }
 
-    /// Waits until the agent has parked: the machine stands still then.
-    ///
-    /// # Errors
-    /// [`MonitorError::Ended`] with how the machine ended instead.
-    pub async fn parked(&self) -> Result<(), MonitorError> {
-        self.reach(|life| (life.parked > 0).then_some(())).await
-    }
-
     /// How often the agent has parked so far.
     pub(crate) fn parks(&self) -> u64 {
         self.life.borrow().parked
     }
 
-    /// Waits until the agent has parked more often than `before`, and says when it did, on the host's `CLOCK_MONOTONIC`.
+    /// Waits until the agent has parked more often than `before`, and says when it did, on the host's `CLOCK_MONOTONIC`. The machine
+    /// stands still then.
     pub(crate) async fn parked_again(&self, before: u64) -> Result<u64, MonitorError> {
         self.reach(|life| (life.parked > before).then_some(life.parked_ns)).await
     }

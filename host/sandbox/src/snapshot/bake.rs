@@ -1,9 +1,7 @@
 //! Making snapshots: each once, whoever asks for it and how many do at once.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use kiln_control::SaveState;
-use kiln_protocol::{AGENT_PORT, Call, Park};
 use kiln_store::{
     BakeLock, Draft, MAX_OBJECT_BYTES, ObjectId, Session, Snapshot, SnapshotKind, SnapshotRecord, Store,
     StoreError,
@@ -13,13 +11,13 @@ use rustix::time::ClockId;
 
 use super::content::{WarmUp, words};
 use super::key::Keys;
+use super::park::{park, state_order};
 use super::restore::restore;
 use super::service::Running;
 use super::{Bake, BakeError, Snapshots};
-use crate::agent::{self, AgentError};
 use crate::disk::{Disk, Scratch, ScratchError};
-use crate::monitor::{Monitor, MonitorError};
-use crate::vm::boot::{self, blocking, clock_ns};
+use crate::monitor::Monitor;
+use crate::vm::boot::{self, blocking, clock_ns, unix_s};
 use crate::vm::{ExecBuilder, Phase, VmBuilder, VmError};
 
 /// How long the agent may take to freeze what runs, write out what is dirty, and park.
@@ -244,8 +242,8 @@ async fn save(
     service: Option<&mut Running<'_>>,
 ) -> Result<SnapshotRecord, VmError> {
     let monitor = match service {
-        Some(service) => service.until(park(monitor)).await?,
-        None => park(monitor).await?,
+        Some(service) => service.until(parked(monitor)).await?,
+        None => parked(monitor).await?,
     };
     let written = write(session, &monitor, &recipe).await;
     // It is waited for either way: while it lives, it keeps the files it was given, and their room.
@@ -265,9 +263,7 @@ async fn save(
         vcpus: builder.vcpus,
         kernel,
         initramfs,
-        created_unix_s: SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs()),
+        created_unix_s: unix_s(),
     })
 }
 
@@ -281,44 +277,17 @@ async fn write(
     monitor.save_memory(memory.file()).await.map_err(BakeError::Save)?;
     let memory = blocking(move || memory.adopt()).await.map_err(BakeError::Store)?;
     let state = session.new_draft().map_err(BakeError::Store)?;
-    let bytes = |digest: &Digest| digest.as_bytes().to_vec();
-    let order = SaveState {
-        kernel: bytes(&recipe.kernel),
-        initramfs: bytes(&recipe.initramfs),
-        memory: bytes(&memory.0),
-    };
+    let order = state_order(&recipe.kernel, &recipe.initramfs, memory);
     monitor.save_state(order, state.file()).await.map_err(BakeError::Save)?;
     let state = blocking(move || state.adopt_as_blob()).await.map_err(BakeError::Store)?;
     Ok((memory, state))
 }
 
-/// Has the agent park. The ring is the answer; a reply says why there will be none.
-async fn park(monitor: Monitor) -> Result<Monitor, VmError> {
-    let refusal = async {
-        let stream = monitor.connect(AGENT_PORT).await?;
-        match agent::ask(stream, Call::Park(Park {})).await {
-            Err(error @ (AgentError::Refused { .. } | AgentError::Broken(_))) => Ok(error),
-            Ok(_) => Ok(AgentError::Broken("a reply to one who asked it to park")),
-            // The connection goes when the agent parks, and when the machine ends.
-            Err(_) => std::future::pending().await,
-        }
-    };
-    let parking = async {
-        tokio::select! {
-            biased;
-            parked = monitor.parked() => parked.map_err(|error| match error {
-                MonitorError::Ended(end) => BakeError::NotParked(end),
-                other => BakeError::Save(other),
-            }),
-            refusal = refusal => Err(refusal.map_or_else(BakeError::Save, BakeError::Park)),
-        }
-    };
-    match tokio::time::timeout(PARK_LIMIT, parking).await {
-        Ok(parked) => {
-            parked?;
-            Ok(monitor)
-        }
-        Err(_) => Err(BakeError::ParkOverdue(monitor.stop().await).into()),
+/// Has the agent park; a guest that does not is of no use.
+async fn parked(monitor: Monitor) -> Result<Monitor, VmError> {
+    match park(&monitor, 0, PARK_LIMIT).await {
+        Some(parked) => Ok(parked.map(|_| monitor)?),
+        None => Err(BakeError::ParkOverdue(monitor.stop().await).into()),
     }
 }
 

@@ -112,6 +112,11 @@ pub(crate) fn random<const N: usize>() -> Result<[u8; N], VmError> {
     Ok(bytes)
 }
 
+/// Seconds since 1970-01-01 UTC.
+pub(crate) fn unix_s() -> u64 {
+    clock_ns(ClockId::Realtime) / 1_000_000_000
+}
+
 /// The time of a clock of the host's, in nanoseconds.
 pub(crate) fn clock_ns(clock: ClockId) -> u64 {
     let now = clock_gettime(clock);

@@ -11,20 +11,18 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use kiln_control::{Portion, SaveState};
-use kiln_protocol::{AGENT_PORT, Call, Park};
+use kiln_control::Portion;
 use kiln_store::{ObjectId, Snapshot, SnapshotImage, SnapshotKind, SnapshotRecord, Store, StoreError};
 use kiln_support::digest::{Digest, Hasher};
 
-use super::boot::{blocking, random};
+use super::boot::{blocking, random, unix_s};
 use super::{Machine, Times, Vm, VmError};
 use crate::GuestBundle;
-use crate::agent::{self, AgentError};
 use crate::disk::{Disk, nameless_file};
-use crate::monitor::{Monitor, MonitorError};
-use crate::snapshot::BakeError;
+use crate::monitor::Monitor;
+use crate::snapshot::{BakeError, park, state_order};
 
 /// How long a guest may take to freeze what runs in it, write out what is dirty, and park.
 const PARK_LIMIT: Duration = Duration::from_mins(2);
@@ -235,38 +233,14 @@ impl Machine {
 
     /// Writes the state that goes with the memory that was written last.
     async fn write_state(&self, record: &SnapshotRecord, file: &File) -> Result<(), BakeError> {
-        let bytes = |digest: &Digest| digest.as_bytes().to_vec();
-        let order = SaveState {
-            kernel: bytes(&record.kernel),
-            initramfs: bytes(&record.initramfs),
-            memory: bytes(&record.memory.0),
-        };
+        let order = state_order(&record.kernel, &record.initramfs, record.memory);
         self.monitor.save_state(order, file).await.map(drop).map_err(BakeError::Save)
     }
 
     /// Has the agent park, and says when it did. A guest that parks when nobody waits any more goes on at once.
     async fn park(self: &Arc<Self>) -> Result<u64, BakeError> {
         let before = self.monitor.parks();
-        let refusal = async {
-            let stream = self.monitor.connect(AGENT_PORT).await?;
-            match agent::ask(stream, Call::Park(Park {})).await {
-                Err(error @ (AgentError::Refused { .. } | AgentError::Broken(_))) => Ok(error),
-                Ok(_) => Ok(AgentError::Broken("a reply to one who asked it to park")),
-                // The connection goes when the agent parks, and when the machine ends.
-                Err(_) => std::future::pending().await,
-            }
-        };
-        let parking = async {
-            tokio::select! {
-                biased;
-                parked = self.monitor.parked_again(before) => parked.map_err(|error| match error {
-                    MonitorError::Ended(end) => BakeError::NotParked(end),
-                    other => BakeError::Save(other),
-                }),
-                refusal = refusal => Err(refusal.map_or_else(BakeError::Save, BakeError::Park)),
-            }
-        };
-        if let Ok(parked) = tokio::time::timeout(PARK_LIMIT, parking).await {
+        if let Some(parked) = park(&self.monitor, before, PARK_LIMIT).await {
             return parked;
         }
         let machine = Arc::clone(self);
@@ -310,9 +284,7 @@ impl Machine {
             vcpus,
             kernel,
             initramfs,
-            created_unix_s: SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs()),
+            created_unix_s: unix_s(),
         })
     }
 }
