@@ -89,16 +89,9 @@ pub(crate) enum Command {
     },
 }
 
-/// `kiln run`.
+/// How a command in a guest runs.
 #[derive(Debug, Args)]
-#[command(after_help = RUN_EXAMPLES, override_usage = "kiln run [OPTIONS] IMAGE [--] [COMMAND]...")]
-pub(crate) struct Run {
-    /// What machine.
-    #[command(flatten)]
-    pub(crate) machine: MachineFlags,
-    /// Boot the guest and neither use nor make a snapshot of it
-    #[arg(long)]
-    pub(crate) no_snapshot: bool,
+pub(crate) struct CommandFlags {
     /// Pass this program's stdin to the command; without it the command reads /dev/null
     #[arg(short, long)]
     pub(crate) interactive: bool,
@@ -117,6 +110,21 @@ pub(crate) struct Run {
     /// Run in this directory, made when missing
     #[arg(short, long, value_name = "DIR")]
     pub(crate) workdir: Option<String>,
+}
+
+/// `kiln run`.
+#[derive(Debug, Args)]
+#[command(after_help = RUN_EXAMPLES, override_usage = "kiln run [OPTIONS] IMAGE [--] [COMMAND]...")]
+pub(crate) struct Run {
+    /// What machine.
+    #[command(flatten)]
+    pub(crate) machine: MachineFlags,
+    /// Boot the guest and neither use nor make a snapshot of it
+    #[arg(long)]
+    pub(crate) no_snapshot: bool,
+    /// How the command runs.
+    #[command(flatten)]
+    pub(crate) flags: CommandFlags,
     /// Replace the image's entrypoint (and drop its default command); empty for none
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) entrypoint: Option<OsString>,

@@ -4,6 +4,7 @@
 
 mod args;
 mod bake;
+mod command;
 mod doctor;
 mod environment;
 mod events;

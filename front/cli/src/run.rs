@@ -1,6 +1,6 @@
 //! `kiln run`.
 
-use std::io::{self, IsTerminal};
+use std::io;
 
 use futures_util::future::OptionFuture;
 use kiln::launch::{Launch, Overrides};
@@ -8,16 +8,15 @@ use kiln::{Blame, Child, ExitStatus, Vm, VmBuilder, WindowSize, signal};
 use serde_json::{Map, Value, json};
 
 use crate::args::Run;
+use crate::command::Spawned;
 use crate::events::{EventLog, monotonic_ns};
 use crate::failure::Failure;
 use crate::signals::{Signals, Wish};
-use crate::terminal::{self, RawMode};
-use crate::{Context, environment, images, machine, progress, streams};
+use crate::terminal;
+use crate::{Context, images, machine, progress, streams};
 
 /// What `run` ends with when not the command but Kiln or its host failed.
 pub(crate) const FAILED: u8 = 125;
-pub(crate) const NOT_EXECUTABLE: u8 = 126;
-pub(crate) const NOT_FOUND: u8 = 127;
 const KILLED: u8 = 128 + 9;
 /// How often `-v` is given for the guest's console to be shown.
 const SHOW_CONSOLE: u8 = 2;
@@ -29,13 +28,10 @@ const SHOW_CONSOLE: u8 = 2;
 pub(crate) async fn run(context: &Context, args: Run) -> Result<u8, Failure> {
     let events = EventLog::open(args.json_events.as_deref(), context.global.verbose > 0)?;
     events.now("started");
-    if args.tty && args.interactive && !io::stdin().is_terminal() {
-        return Err(Failure::caller("-t with -i needs a terminal at stdin, and this is none")
-            .hint("leave -t out to pipe data in"));
-    }
+    args.flags.check_terminal()?;
     let mut signals = Signals::catch().map_err(Failure::host)?;
 
-    let window = args.tty.then(terminal::size);
+    let window = args.flags.tty.then(terminal::size);
     let started = tokio::select! {
         started = start(context, &args, window, &events) => started?,
         number = signals.fatal() => return Ok(128 + number),
@@ -44,8 +40,7 @@ pub(crate) async fn run(context: &Context, args: Run) -> Result<u8, Failure> {
         Started::Runs(running) => *running,
         Started::Refused(code) => return Ok(code),
     };
-    let raw =
-        if args.tty && args.interactive { Some(RawMode::enter().map_err(Failure::host)?) } else { None };
+    let raw = args.flags.raw_mode()?;
     let outcome = attend(child, &launch, &mut signals, &events).await;
     drop(raw);
     vm.stop().await;
@@ -64,8 +59,7 @@ async fn start(
     window: Option<WindowSize>,
     events: &EventLog,
 ) -> Result<Started, Failure> {
-    let env = environment::words(&args.env_file, &args.env, |name| std::env::var_os(name))
-        .map_err(Failure::caller)?;
+    let env = args.flags.environment()?;
     let store = images::store(context)?;
     let (named, image) = if let Some((record, image)) = machine::named_snapshot(&store, &args.image)? {
         (Some(record), image)
@@ -97,28 +91,12 @@ async fn start(
     }
     let vm = builder.start().await?;
     drop(spinner);
-    let mut exec = vm.exec(launch.argv.iter()).env(launch.env.iter()).cwd(&launch.workdir).user(&launch.user);
-    if let Some(size) = window {
-        exec = exec.tty(size);
-    }
-    if args.interactive {
-        exec = exec.stdin();
-    }
-    if let Some(limit) = args.timeout {
-        exec = exec.timeout(limit);
-    }
-    match exec.spawn().await {
-        Ok(child) => {
+    match args.flags.spawn(vm.exec(launch.argv.iter()), &launch, window, args.timeout).await? {
+        Spawned::Child(child) => {
             events.now("exec_started");
             Ok(Started::Runs(Box::new((vm, child, launch))))
         }
-        Err(error) => {
-            let code = match error.refusal() {
-                Some(kiln::Reason::NotFound) => NOT_FOUND,
-                Some(kiln::Reason::NotExecutable) => NOT_EXECUTABLE,
-                _ => return Err(error.into()),
-            };
-            eprint!("{}", Failure::from(error).report());
+        Spawned::Refused(code) => {
             vm.stop().await;
             Ok(Started::Refused(code))
         }
@@ -130,8 +108,8 @@ fn overrides(args: &Run, env: Vec<std::ffi::OsString>) -> Overrides {
         entrypoint: args.entrypoint.clone(),
         args: args.command.clone(),
         env,
-        user: args.user.clone(),
-        workdir: args.workdir.clone(),
+        user: args.flags.user.clone(),
+        workdir: args.flags.workdir.clone(),
     }
 }
 

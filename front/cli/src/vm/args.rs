@@ -2,12 +2,11 @@
 #![allow(rustdoc::broken_intra_doc_links, reason = "these comments are help texts")]
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use crate::args::{MachineFlags, PullFlags, Pulling};
+use crate::args::{CommandFlags, MachineFlags, PullFlags, Pulling};
 use crate::quantity;
 
 /// `kiln vm`.
@@ -189,24 +188,9 @@ Prints the VM's name. It runs no command of its image by itself: `kiln vm exec` 
 #[derive(Debug, Args)]
 #[command(after_help = EXEC_EXAMPLES, override_usage = "kiln vm exec [OPTIONS] VM [--] COMMAND...")]
 pub(crate) struct Exec {
-    /// Pass this program's stdin to the command; without it the command reads /dev/null
-    #[arg(short, long)]
-    pub(crate) interactive: bool,
-    /// Give the command a terminal; stdout and stderr become one stream
-    #[arg(short, long)]
-    pub(crate) tty: bool,
-    /// Set an environment variable; KEY alone passes this program's value on
-    #[arg(short, long, value_name = "KEY[=VALUE]")]
-    pub(crate) env: Vec<OsString>,
-    /// Read environment variables from a file: KEY=VALUE or KEY a line, # starts a comment
-    #[arg(long, value_name = "FILE")]
-    pub(crate) env_file: Vec<PathBuf>,
-    /// Run as this user: name, uid, name:group or uid:gid
-    #[arg(short, long, value_name = "USER")]
-    pub(crate) user: Option<String>,
-    /// Run in this directory, made when missing
-    #[arg(short, long, value_name = "DIR")]
-    pub(crate) workdir: Option<String>,
+    /// How the command runs.
+    #[command(flatten)]
+    pub(crate) flags: CommandFlags,
     /// Kill the command when it runs longer than this (30s, 5m, 1h30m); exit code 124
     #[arg(long, value_name = "TIME", value_parser = quantity::duration)]
     pub(crate) timeout: Option<Duration>,
