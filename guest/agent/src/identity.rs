@@ -101,7 +101,6 @@ pub struct Files {
 impl Files {
     /// Makes the files and puts them where programs look.
     pub(crate) fn provide(setup: &Setup, life: &Life) -> Result<Self, Failed> {
-        mounts::private()?;
         let make = |path: &str, mode, contents: &str| {
             create(path, mode, contents).map_err(|error| internal(&format!("write {path}"), error))
         };

@@ -1,7 +1,7 @@
 //! The file systems of the guest.
 //!
-//! The agent starts in the kernel's initial root, which holds itself and nothing else, mounts the image and the
-//! writable layer there, and then makes their overlay its own root, on top of the initial one: from then on no path
+//! The agent starts in the kernel's initial root, which holds itself and nothing else. What needs no image is mounted
+//! there first, which a guest does before it parks as the base of many. Then it mounts the image and the writable layer, and then makes their overlay its own root, on top of the initial one: from then on no path
 //! leads back. Only after that is anything looked up inside the image, so its links, however hostile, end inside it.
 //!
 //! The root is mounted `nodev`: a device node in an image, or one smuggled into the writable layer, opens nothing.
@@ -10,10 +10,10 @@ use alloc::ffi::CString;
 use alloc::format;
 
 use kiln_protocol::Failed;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsPickFlags, MountFlags, UnmountFlags};
+use rustix::mount::{FsPickFlags, MountFlags, MoveMountFlags, UnmountFlags};
 
 use crate::failure::internal;
 use crate::{files, identity};
@@ -33,31 +33,44 @@ const OVERLAY: &str =
 /// The options of the writable file system: nothing is done in the background that may never be needed. The host's
 /// tables are complete, and to read the maps of all its blocks ahead costs a guest of 10 GiB more than all the rest of
 /// set-up. Linux Documentation/admin-guide/ext4.rst.
-const SCRATCH_OPTIONS: &str = "noinit_itable,no_prefetch_block_bitmaps";
+const SCRATCH_OPTIONS: &str = "noinit_itable,no_prefetch_block_bitmaps,noblock_validity";
+
+/// How many groups' bitmaps the writable file system reads ahead, in sysfs below the device's name. None: it would make those
+/// of sixteen groups for each new directory.
+const READ_AHEAD_GROUPS: (&str, &[u8]) = ("mb_prefetch", b"0");
+
+/// Where mounts wait in the initial root for the root they belong to.
+const WAITING: &str = "/waiting";
+const WAITING_SYS: &str = "/waiting/sys";
+const WAITING_DEV: &str = "/waiting/dev";
+const WAITING_PRIVATE: &str = "/waiting/kiln";
+/// The agent's own sysfs, which can be written and stays out of the reach of commands.
+const KNOBS: &str = "/waiting/knobs";
 
 /// Devices every command may use: name and character device number. Linux Documentation/admin-guide/devices.txt.
 const DEVICES: [(&str, (u32, u32)); 6] = [
-    ("/dev/null", (1, 3)),
-    ("/dev/zero", (1, 5)),
-    ("/dev/full", (1, 7)),
-    ("/dev/random", (1, 8)),
-    ("/dev/urandom", (1, 9)),
-    ("/dev/tty", (5, 0)),
+    ("null", (1, 3)),
+    ("zero", (1, 5)),
+    ("full", (1, 7)),
+    ("random", (1, 8)),
+    ("urandom", (1, 9)),
+    ("tty", (5, 0)),
 ];
 /// Links in /dev. The first terminal is the console, when there is one.
 const DEVICE_LINKS: [(&str, &str); 7] = [
-    ("/proc/self/fd", "/dev/fd"),
-    ("/proc/self/fd/0", "/dev/stdin"),
-    ("/proc/self/fd/1", "/dev/stdout"),
-    ("/proc/self/fd/2", "/dev/stderr"),
-    ("/proc/kcore", "/dev/core"),
-    ("pts/ptmx", "/dev/ptmx"),
-    ("pts/0", "/dev/console"),
+    ("/proc/self/fd", "fd"),
+    ("/proc/self/fd/0", "stdin"),
+    ("/proc/self/fd/1", "stdout"),
+    ("/proc/self/fd/2", "stderr"),
+    ("/proc/kcore", "core"),
+    ("pts/ptmx", "ptmx"),
+    ("pts/0", "console"),
 ];
-/// Where the control groups are.
-pub(crate) const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
+/// Where the control groups are before set-up.
+const CONTROL_GROUPS: &str = "/waiting/sys/fs/cgroup";
 /// What moves a process into the root group, where the agent is and nothing freezes; commands may not write them.
-const ROOT_GROUP_LISTS: [&str; 2] = ["/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/cgroup.threads"];
+const ROOT_GROUP_LISTS: [&str; 2] =
+    ["/waiting/sys/fs/cgroup/cgroup.procs", "/waiting/sys/fs/cgroup/cgroup.threads"];
 /// The file system of the agent's own files that commands see, and its size.
 const PRIVATE: &str = "/run/kiln";
 const PRIVATE_OPTIONS: &str = "mode=755,size=1m,nr_inodes=64";
@@ -79,27 +92,119 @@ pub(crate) fn kernel_devices() -> Result<OwnedFd, Failed> {
     open("/dev/urandom", OFlags::RDWR).map_err(|error| internal("open /dev/urandom", error))
 }
 
-/// Mounts the image and the writable layer, and makes their overlay the root of the agent and all its children.
-/// Returns the root of the writable file system, when a device holds it.
-pub(crate) fn root(image: &str, scratch: &str) -> Result<Option<OwnedFd>, Failed> {
-    for directory in [LOWER, SCRATCH, ROOT] {
-        make_directory(directory).map_err(|error| internal("make a mount point", error))?;
+/// Mounts that need no image, made ahead of it: each is moved to its place once there is a root.
+pub(crate) struct Mounts {
+    sys: OwnedFd,
+    dev: OwnedFd,
+    private: OwnedFd,
+    /// The root of the control groups; without any an empty directory, or nothing.
+    groups: Option<OwnedFd>,
+    knobs: OwnedFd,
+}
+
+impl Mounts {
+    /// Mounts what commands expect to find, /proc apart, which each PID namespace mounts for itself.
+    pub(crate) fn make() -> Result<Self, Failed> {
+        let closed = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        for directory in [WAITING, WAITING_SYS, WAITING_DEV, WAITING_PRIVATE, KNOBS] {
+            make_directory(directory).map_err(|error| internal("make a mount point", error))?;
+        }
+        mount("sysfs", KNOBS, "sysfs", closed, "")?;
+        mount("sysfs", WAITING_SYS, "sysfs", closed | MountFlags::RDONLY, "")?;
+        // Writable for the guest's root: limits on its own processes are its own affair. The agent is in the root group,
+        // which has no limits and cannot be frozen.
+        if optional("cgroup", CONTROL_GROUPS, "cgroup2", closed, "nsdelegate")? {
+            for list in ROOT_GROUP_LISTS {
+                close(list, closed).map_err(|error| internal(&format!("close {list}"), error))?;
+            }
+        }
+        mount("dev", WAITING_DEV, "tmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, "mode=755,size=64k")?;
+        let dev = directory(WAITING_DEV)?;
+        devices(&dev).map_err(|error| internal("fill /dev", error))?;
+        mount(
+            "devpts",
+            "/waiting/dev/pts",
+            "devpts",
+            MountFlags::NOSUID | MountFlags::NOEXEC,
+            "ptmxmode=666,mode=620,gid=5",
+        )?;
+        mount("shm", "/waiting/dev/shm", "tmpfs", closed, "mode=1777")?;
+        optional("mqueue", "/waiting/dev/mqueue", "mqueue", closed, "")?;
+        mount("kiln", WAITING_PRIVATE, "tmpfs", closed, PRIVATE_OPTIONS)?;
+        Ok(Self {
+            sys: directory(WAITING_SYS)?,
+            dev,
+            private: directory(WAITING_PRIVATE)?,
+            groups: directory(CONTROL_GROUPS).ok(),
+            knobs: directory(KNOBS)?,
+        })
     }
-    mount(image, LOWER, "erofs", MountFlags::RDONLY | MountFlags::NOATIME | MountFlags::NODEV, "")?;
-    let held = if scratch.is_empty() {
-        mount("scratch", SCRATCH, "tmpfs", MountFlags::empty(), "mode=755")?;
-        None
-    } else {
-        mount(scratch, SCRATCH, "ext4", MountFlags::NOATIME, SCRATCH_OPTIONS)?;
-        let root = open(SCRATCH, OFlags::RDONLY | OFlags::DIRECTORY);
-        Some(root.map_err(|error| internal("open the scratch file system", error))?)
-    };
-    for directory in ["/scratch/upper", "/scratch/work"] {
-        make_directory(directory).map_err(|error| internal("make the overlay's directories", error))?;
+
+    /// The root of the control groups, which may be an empty directory, for there may be none.
+    pub(crate) fn groups(&self) -> Option<BorrowedFd<'_>> {
+        self.groups.as_ref().map(OwnedFd::as_fd)
     }
-    mount("overlay", ROOT, "overlay", MountFlags::NODEV, OVERLAY)?;
-    enter(ROOT).map_err(|error| internal("enter the image's root", error))?;
-    Ok(held)
+
+    /// Moves all to where they belong in the root there is now.
+    pub(crate) fn place(&self, read_only: bool) -> Result<(), Failed> {
+        for directory in ["/proc", "/sys", "/dev"] {
+            files::make_directories(directory)
+                .map_err(|error| internal(&format!("make {directory}"), error))?;
+        }
+        put(&self.sys, "/sys")?;
+        put(&self.dev, "/dev")?;
+        if read_only {
+            for (directory, options) in [("/run", "mode=755"), ("/tmp", "mode=1777")] {
+                files::make_directories(directory)
+                    .map_err(|error| internal(&format!("make {directory}"), error))?;
+                mount("tmpfs", directory, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, options)?;
+            }
+        }
+        files::make_directories(PRIVATE).map_err(|error| internal(&format!("make {PRIVATE}"), error))?;
+        put(&self.private, PRIVATE)
+    }
+
+    /// Mounts the image and the writable layer, and makes their overlay the root of the agent and all its children.
+    /// Returns the root of the writable file system, when a device holds it.
+    pub(crate) fn root(&self, image: &str, scratch: &str) -> Result<Option<OwnedFd>, Failed> {
+        for directory in [LOWER, SCRATCH, ROOT] {
+            make_directory(directory).map_err(|error| internal("make a mount point", error))?;
+        }
+        mount(image, LOWER, "erofs", MountFlags::RDONLY | MountFlags::NOATIME | MountFlags::NODEV, "")?;
+        let held = if scratch.is_empty() {
+            mount("scratch", SCRATCH, "tmpfs", MountFlags::empty(), "mode=755")?;
+            None
+        } else {
+            mount(scratch, SCRATCH, "ext4", MountFlags::NOATIME, SCRATCH_OPTIONS)?;
+            self.read_nothing_ahead(scratch);
+            Some(directory(SCRATCH)?)
+        };
+        for directory in ["/scratch/upper", "/scratch/work"] {
+            make_directory(directory).map_err(|error| internal("make the overlay's directories", error))?;
+        }
+        mount("overlay", ROOT, "overlay", MountFlags::NODEV, OVERLAY)?;
+        enter(ROOT).map_err(|error| internal("enter the image's root", error))?;
+        Ok(held)
+    }
+
+    /// Tells the writable file system not to; one that knows of no such thing is only slower.
+    fn read_nothing_ahead(&self, device: &str) {
+        let (knob, value) = READ_AHEAD_GROUPS;
+        let name = device.rsplit('/').next().unwrap_or_default();
+        let path = format!("fs/ext4/{name}/{knob}");
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        if let Ok(knob) = rustix::fs::openat(&self.knobs, path, flags, Mode::empty()) {
+            let _ = rustix::io::write(&knob, value);
+        }
+    }
+}
+
+/// Moves a mount to `to` in the root there is now.
+fn put(what: &OwnedFd, to: &str) -> Result<(), Failed> {
+    // Where an image has a link, that is followed, inside it.
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+    rustix::mount::move_mount(what, "", CWD, to, flags)
+        .map_err(|error| internal(&format!("mount {to}"), error))
 }
 
 fn enter(root: &str) -> Result<(), Errno> {
@@ -108,58 +213,16 @@ fn enter(root: &str) -> Result<(), Errno> {
     rustix::process::chroot(".")
 }
 
-/// Mounts what commands expect to find, /proc apart, which each PID namespace mounts for itself.
-pub(crate) fn system(read_only: bool) -> Result<(), Failed> {
-    let closed = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    for directory in ["/proc", "/sys", "/dev"] {
-        files::make_directories(directory).map_err(|error| internal(&format!("make {directory}"), error))?;
-    }
-    mount("sysfs", "/sys", "sysfs", closed | MountFlags::RDONLY, "")?;
-    // Writable for the guest's root: limits on its own processes are its own affair. The agent is in the root group,
-    // which has no limits and cannot be frozen.
-    if optional("cgroup", CONTROL_GROUPS, "cgroup2", closed, "nsdelegate")? {
-        for list in ROOT_GROUP_LISTS {
-            close(list, closed).map_err(|error| internal(&format!("close {list}"), error))?;
-        }
-    }
-    devices().map_err(|error| internal("fill /dev", error))?;
-    mount(
-        "devpts",
-        "/dev/pts",
-        "devpts",
-        MountFlags::NOSUID | MountFlags::NOEXEC,
-        "ptmxmode=666,mode=620,gid=5",
-    )?;
-    mount("shm", "/dev/shm", "tmpfs", closed, "mode=1777")?;
-    optional("mqueue", "/dev/mqueue", "mqueue", closed, "")?;
-    if read_only {
-        for (directory, options) in [("/run", "mode=755"), ("/tmp", "mode=1777")] {
-            files::make_directories(directory)
-                .map_err(|error| internal(&format!("make {directory}"), error))?;
-            mount("tmpfs", directory, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, options)?;
-        }
-    }
-    Ok(())
-}
-
-fn devices() -> Result<(), Errno> {
-    let options = CString::new("mode=755,size=64k").map_err(|_| Errno::INVAL)?;
-    rustix::mount::mount(
-        "dev",
-        "/dev",
-        "tmpfs",
-        MountFlags::NOSUID | MountFlags::NOEXEC,
-        options.as_c_str(),
-    )?;
-    for (path, (major, minor)) in DEVICES {
+fn devices(dev: &OwnedFd) -> Result<(), Errno> {
+    for (name, (major, minor)) in DEVICES {
         let mode = Mode::from_raw_mode(0o666);
-        rustix::fs::mknodat(CWD, path, FileType::CharacterDevice, mode, rustix::fs::makedev(major, minor))?;
+        rustix::fs::mknodat(dev, name, FileType::CharacterDevice, mode, rustix::fs::makedev(major, minor))?;
     }
-    for (target, path) in DEVICE_LINKS {
-        rustix::fs::symlink(target, path)?;
+    for (target, name) in DEVICE_LINKS {
+        rustix::fs::symlinkat(target, dev, name)?;
     }
-    for directory in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
-        make_directory(directory)?;
+    for directory in ["pts", "shm", "mqueue"] {
+        rustix::fs::mkdirat(dev, directory, Mode::from_raw_mode(0o755))?;
     }
     Ok(())
 }
@@ -186,13 +249,6 @@ fn close(path: &str, flags: MountFlags) -> Result<(), Errno> {
         bound => bound?,
     }
     rustix::mount::mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | flags, "")
-}
-
-/// Mounts the file system of the agent's own files.
-pub(crate) fn private() -> Result<(), Failed> {
-    files::make_directories(PRIVATE).map_err(|error| internal(&format!("make {PRIVATE}"), error))?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount("kiln", PRIVATE, "tmpfs", flags, PRIVATE_OPTIONS)
 }
 
 /// Closes the agent's own files to commands. What has been bound elsewhere before stays as it is, and the agent writes
@@ -272,6 +328,10 @@ fn make_directory(path: &str) -> Result<(), Errno> {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+fn directory(path: &str) -> Result<OwnedFd, Failed> {
+    open(path, OFlags::RDONLY | OFlags::DIRECTORY).map_err(|error| internal(&format!("open {path}"), error))
 }
 
 fn open(path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {

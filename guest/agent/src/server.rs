@@ -40,6 +40,7 @@ use crate::identity::Life;
 use crate::listen::Listener;
 use crate::power::{Power, Taken};
 use crate::session::{Registrar, Session, Source, Violation, one_shot};
+use crate::setup::{Prepared, prepare};
 use crate::workload::{Place, Workload};
 use crate::{extra, hooks, mounts, sys};
 
@@ -57,9 +58,9 @@ const LISTENER: u64 = u64::MAX;
 const REAPER: u64 = u64::MAX - 1;
 const GRACE: u64 = u64::MAX - 2;
 
-/// How a guest is made ready for commands, in the life it leads since it was restored; [`crate::setup::set_up`] in a
-/// guest.
-pub type SetUp = fn(&Setup, Option<&Life>) -> Result<Place, Failed>;
+/// How a guest is made ready for commands, in the life it leads since it was restored, from what has been prepared;
+/// [`crate::setup::set_up`] in a guest.
+pub type SetUp = fn(&Setup, Option<&Life>, Option<Prepared>) -> Result<Place, Failed>;
 
 /// Why an agent serves no longer.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +90,8 @@ pub struct Agent<'a> {
     listener: Listener,
     connections: Vec<Option<Connection>>,
     set_up: SetUp,
+    /// What has been done of a set-up that is still to come.
+    prepared: Option<Prepared>,
     workload: Option<Workload>,
     stopping: Option<Stopping>,
     /// The guest is about to park.
@@ -104,8 +107,6 @@ pub struct Agent<'a> {
 struct Parking {
     frozen: Frozen,
     hooks: Vec<CString>,
-    /// /dev/urandom, as long as no place for commands has it.
-    random: Option<OwnedFd>,
 }
 
 /// A power-off under way.
@@ -132,6 +133,7 @@ impl<'a> Agent<'a> {
             listener,
             connections: Vec::new(),
             set_up,
+            prepared: None,
             workload: None,
             stopping: None,
             parking: None,
@@ -428,7 +430,7 @@ impl<'a> Agent<'a> {
             return Err(invalid("the guest has been set up already".into()));
         }
         self.is_not_parking()?;
-        let workload = Workload::new((self.set_up)(setup, self.life.as_ref())?)?;
+        let workload = Workload::new((self.set_up)(setup, self.life.as_ref(), self.prepared.take())?)?;
         if let Some(reaper) = workload.reaper() {
             epoll::add(&self.epoll, reaper, EventData::new_u64(REAPER), EventFlags::IN | EventFlags::ET)
                 .map_err(|error| internal("watch the reaper", error))?;
@@ -538,11 +540,10 @@ impl<'a> Agent<'a> {
         let now = Moment::now();
         self.rate.get_or_insert_with(|| now.rate_since(self.started));
         let Some(workload) = &self.workload else {
-            return Ok(Parking {
-                frozen: Frozen::default(),
-                hooks: Vec::new(),
-                random: Some(mounts::kernel_devices()?),
-            });
+            if self.prepared.is_none() {
+                self.prepared = Some(prepare()?);
+            }
+            return Ok(Parking { frozen: Frozen::default(), hooks: Vec::new() });
         };
         let hooks = hooks::find();
         let frozen = workload.freeze()?;
@@ -552,7 +553,7 @@ impl<'a> Agent<'a> {
             frozen.thaw();
             return Err(internal("write out the scratch disk", error));
         }
-        Ok(Parking { frozen, hooks, random: None })
+        Ok(Parking { frozen, hooks })
     }
 
     /// Parks; comes back as the guest it was, or as the one its mail says.
@@ -579,8 +580,9 @@ impl<'a> Agent<'a> {
         let counter = self.restores().saturating_add(1);
         let rate = self.rate.unwrap_or_default();
         let place = self.workload.as_mut().map(|workload| &mut workload.place);
-        let life = adopt(taken, parking.random.as_ref(), place, rate, counter)
-            .map_err(|failed| Fault::NotAdopted(failed.message))?;
+        let random = self.prepared.as_ref().map(|prepared| &prepared.random);
+        let life =
+            adopt(taken, random, place, rate, counter).map_err(|failed| Fault::NotAdopted(failed.message))?;
         self.power.ring(power::PHASE_ADOPTED);
         if let Some(workload) = &mut self.workload {
             hooks::run(&parking.hooks, workload, first_process(&self.connections), &life);

@@ -3,7 +3,8 @@
 use alloc::format;
 
 use kiln_protocol::{Failed, Setup};
-use rustix::fs::{Mode, OFlags};
+use rustix::fd::OwnedFd;
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit};
@@ -14,6 +15,7 @@ use crate::adopt::timespec;
 use crate::failure::{internal, invalid, text, unusable_directory};
 use crate::freezer::Groups;
 use crate::identity::{Files, Life};
+use crate::mounts::Mounts;
 use crate::workload::Place;
 use crate::{files, mounts, sys};
 
@@ -46,24 +48,54 @@ const MIN_ENTROPY_BYTES: usize = 32;
 /// The most volumes of an image.
 const MAX_VOLUMES: usize = 256;
 
+/// What of a guest's set-up needs neither image nor name, done ahead of it.
+pub struct Prepared {
+    /// The random generator, open for writing too.
+    pub(crate) random: OwnedFd,
+    mounts: Mounts,
+    groups: Option<Groups>,
+}
+
+/// Does of a guest's set-up what can be done for all guests alike.
+///
+/// # Errors
+/// [`Failed`] with the step that failed. The guest is of no use then.
+pub fn prepare() -> Result<Prepared, Failed> {
+    match loopback_up() {
+        // A kernel without IP has no loopback to bring up.
+        Ok(()) | Err(Errno::AFNOSUPPORT) => {}
+        Err(error) => return Err(internal("bring the loopback interface up", error)),
+    }
+    let random = mounts::kernel_devices()?;
+    // Modes are exact.
+    rustix::process::umask(Mode::empty());
+    let mounts = Mounts::make()?;
+    limits().map_err(|error| internal("limit what commands may do", error))?;
+    // A copy, for the original goes with the mounts.
+    let groups = mounts.groups().and_then(|root| rustix::io::fcntl_dupfd_cloexec(root, 0).ok());
+    // Without control groups there is an empty directory of sysfs, in which nothing can be made.
+    let groups = groups.and_then(|root| Groups::below(root).ok());
+    Ok(Prepared { random, mounts, groups })
+}
+
 /// Carries out `setup`, once; the place for commands is what it leaves. `life` is whose the guest leads when it has
 /// been restored before.
 ///
 /// # Errors
 /// [`Failed`] with the step that failed. The guest is of no use then.
-pub fn set_up(setup: &Setup, life: Option<&Life>) -> Result<Place, Failed> {
+pub fn set_up(setup: &Setup, life: Option<&Life>, prepared: Option<Prepared>) -> Result<Place, Failed> {
     check(setup)?;
+    let Prepared { random, mounts, groups } = prepared.map_or_else(prepare, Ok)?;
     identity(setup)?;
-    let random = mounts::kernel_devices()?;
     sys::add_entropy(&random, &setup.entropy)
         .map_err(|error| internal("seed the random generator", error))?;
-    let scratch = mounts::root(&setup.root_device, &setup.scratch_device)?;
+    let scratch = mounts.root(&setup.root_device, &setup.scratch_device)?;
 
     // Modes below are exact; what commands inherit is the usual mask.
     rustix::process::umask(Mode::empty());
-    let mounted = mounts::system(setup.read_only);
+    let placed = mounts.place(setup.read_only);
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
-    mounted?;
+    placed?;
     let first = match life {
         Some(_) => None,
         None => Some(Life::first().map_err(|error| internal("draw the guest's ids", error))?),
@@ -78,13 +110,12 @@ pub fn set_up(setup: &Setup, life: Option<&Life>) -> Result<Place, Failed> {
             .map_err(|error| unusable_directory(&setup.working_directory, error))?;
         mounts::seal_root()?;
     }
-    limits().map_err(|error| internal("limit what commands may do", error))?;
     Ok(Place {
         null: mounts::null()?,
         terminals: mounts::terminals()?,
         hostname: setup.hostname.clone(),
         identity,
-        groups: groups()?,
+        groups,
         random,
         scratch,
         reaper: setup.reaper,
@@ -122,19 +153,14 @@ fn check(setup: &Setup) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The time, the host name, and a network of one's own.
+/// The time and the host name.
 fn identity(setup: &Setup) -> Result<(), Failed> {
     if setup.realtime_ns > 0 {
         rustix::time::clock_settime(ClockId::Realtime, timespec(setup.realtime_ns))
             .map_err(|error| internal("set the clock", error))?;
     }
     rustix::system::sethostname(setup.hostname.as_bytes())
-        .map_err(|error| internal("set the host name", error))?;
-    match loopback_up() {
-        // A kernel without IP has no loopback to bring up.
-        Ok(()) | Err(Errno::AFNOSUPPORT) => Ok(()),
-        Err(error) => Err(internal("bring the loopback interface up", error)),
-    }
+        .map_err(|error| internal("set the host name", error))
 }
 
 /// Brings up `lo`, the first interface of every network namespace, by an `RTM_NEWLINK` message. rtnetlink(7).
@@ -156,17 +182,6 @@ fn loopback_up() -> Result<(), Errno> {
         rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
     // Without an address it goes to the kernel, which acts before send returns.
     rustix::net::send(&socket, &message, SendFlags::empty()).map(|_| ())
-}
-
-/// The control groups, when the kernel has any.
-fn groups() -> Result<Option<Groups>, Failed> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = match rustix::fs::open(mounts::CONTROL_GROUPS, flags, Mode::empty()) {
-        Ok(root) => root,
-        Err(error) => return Err(internal("open the control groups", error)),
-    };
-    // Without them it is an empty directory of sysfs, in which nothing can be made, or not there at all.
-    Ok(Groups::below(root).ok())
 }
 
 /// Limits what any child can ever do. The agent keeps what it has, for it never executes anything.

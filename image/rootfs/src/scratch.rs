@@ -2,11 +2,12 @@
 //!
 //! Where guest kernel instructions are slow (emulated), what counts is how few of them the file system takes. So: no
 //! metadata checksums (they double the cost of creating and unlinking files), descriptors with checksums instead,
-//! since they let the kernel take a group as empty without looking at its bitmaps; no backup superblocks; a small
-//! journal, so that synced data survives the machine's sudden end. The result is the same for the same size.
+//! since they let the kernel take a group as empty without looking at its bitmaps; no backup superblocks; no journal,
+//! for the disk lives as long as its machine; the overlay's two directories in place, beside each other. The result is the
+//! same for the same size.
 //!
-//! It is best mounted with `MS_NOATIME` and the option `no_prefetch_block_bitmaps`: reading all bitmaps ahead of use
-//! takes the kernel three times as long as the mount.
+//! It is best mounted with `MS_NOATIME` and the options `no_prefetch_block_bitmaps` and `noblock_validity`, and
+//! `mb_prefetch` set to 0 in sysfs: reading bitmaps ahead of use takes the kernel three times as long as the mount.
 //!
 //! Linux Documentation/filesystems/ext4/, "Global Structures" and "Dynamic Structures"; field places from there.
 
@@ -20,6 +21,11 @@ pub const SCRATCH_BYTES_MIN: u64 = 16 << 20;
 /// Largest size, in bytes: block numbers have 32 bits, and some room is kept.
 pub const SCRATCH_BYTES_MAX: u64 = 8 << 40;
 
+/// The directory of a scratch disk for what an overlay's files become when they are written.
+const UPPER: &str = "upper";
+/// The directory an overlay works in.
+const WORK: &str = "work";
+
 const BLOCK_BYTES: u64 = 4096;
 /// As many as a bitmap of one block has bits.
 const GROUP_BLOCKS: u64 = 32_768;
@@ -30,8 +36,12 @@ const INODES_PER_BLOCK: u64 = BLOCK_BYTES / INODE_BYTES;
 /// Space for each inode, in bytes; as mke2fs has it.
 const BYTES_PER_INODE: u64 = 16_384;
 const DESCRIPTOR_BYTES: u64 = 32;
-/// The first 11 inodes are the file system's own, lost+found the last of them.
-const OWN_INODES: u64 = 11;
+/// The first inodes are the file system's own.
+const OWN_INODES: u64 = 10;
+const ROOT_INODE: u32 = 2;
+/// The directories in the root, in the order of their inodes and blocks, which follow the file system's own and the root's.
+const DIRECTORIES: [&str; 3] = ["lost+found", UPPER, WORK];
+const USED_INODES: u64 = OWN_INODES + DIRECTORIES.len() as u64;
 /// Blocks that a last group must have beside its metadata; a smaller one is left unused.
 const LAST_GROUP_BLOCKS_MIN: u64 = 64;
 
@@ -85,9 +95,10 @@ pub fn scratch(file: &File, bytes: u64) -> Result<(), ScratchError> {
     }
     put(descriptors[0].inode_bitmap, &shape.inode_bitmap())?;
     put(descriptors[0].inode_table, &shape.inodes())?;
-    put(shape.journal(), &journal_superblock(shape.journal_blocks))?;
-    put(shape.root(), &directory(&[(2, "."), (2, ".."), (11, "lost+found")]))?;
-    put(shape.lost_found(), &directory(&[(11, "."), (2, "..")]))?;
+    put(shape.root(), &root())?;
+    for (place, inode) in (1..).zip(directory_inodes()) {
+        put(shape.root() + place, &directory(&[(inode, "."), (ROOT_INODE, "..")]))?;
+    }
     let table: Vec<u8> =
         descriptors.iter().enumerate().flat_map(|(group, it)| it.encode(group as u32)).collect();
     put(1, &table)?;
@@ -99,12 +110,11 @@ pub fn scratch(file: &File, bytes: u64) -> Result<(), ScratchError> {
 /// Where everything is.
 ///
 /// The first group of every sixteen has the metadata of all of them; the very first also has, after that, the
-/// journal, the root directory and lost+found.
+/// directories.
 struct Shape {
     blocks: u64,
     groups: u64,
     inodes_per_group: u64,
-    journal_blocks: u64,
 }
 
 impl Shape {
@@ -112,8 +122,7 @@ impl Shape {
         let groups = blocks.div_ceil(GROUP_BLOCKS);
         let inodes_per_group =
             (blocks * BLOCK_BYTES / BYTES_PER_INODE).div_ceil(groups).next_multiple_of(INODES_PER_BLOCK);
-        let journal_blocks = if blocks < 4 * GROUP_BLOCKS { 1024 } else { 4096 };
-        let shape = Self { blocks, groups, inodes_per_group, journal_blocks };
+        let shape = Self { blocks, groups, inodes_per_group };
         let last = blocks - (groups - 1) * GROUP_BLOCKS;
         if groups > 1 && last < 2 + shape.table_blocks() + LAST_GROUP_BLOCKS_MIN {
             return Self::new(blocks - last);
@@ -149,22 +158,14 @@ impl Shape {
         self.flex_start(group) + self.flex_groups(group) * (2 + self.table_blocks())
     }
 
-    fn journal(&self) -> u64 {
-        self.flex_end(0)
-    }
-
     fn root(&self) -> u64 {
-        self.journal() + self.journal_blocks
-    }
-
-    fn lost_found(&self) -> u64 {
-        self.root() + 1
+        self.flex_end(0)
     }
 
     /// How many blocks from a group's start are in use.
     fn used_blocks(&self, group: u64) -> u64 {
         match group {
-            0 => self.lost_found() + 1,
+            0 => self.root() + 1 + DIRECTORIES.len() as u64,
             _ if group.is_multiple_of(FLEX_GROUPS) => self.flex_end(group) - group * GROUP_BLOCKS,
             _ => 0,
         }
@@ -172,7 +173,7 @@ impl Shape {
 
     fn descriptor(&self, group: u64) -> Descriptor {
         let (start, count, member) = (self.flex_start(group), self.flex_groups(group), group % FLEX_GROUPS);
-        let own = if group == 0 { OWN_INODES } else { 0 };
+        let used = if group == 0 { USED_INODES } else { 0 };
         let mut flags = GROUP_TABLE_ZEROED;
         if group != 0 {
             flags |= GROUP_INODES_UNUSED;
@@ -186,8 +187,8 @@ impl Shape {
             inode_bitmap: start + count + member,
             inode_table: start + 2 * count + member * self.table_blocks(),
             free_blocks: self.group_blocks(group) - self.used_blocks(group),
-            free_inodes: self.inodes_per_group - own,
-            directories: if group == 0 { 2 } else { 0 },
+            free_inodes: self.inodes_per_group - used,
+            directories: if group == 0 { 1 + DIRECTORIES.len() as u16 } else { 0 },
             flags,
         }
     }
@@ -197,27 +198,29 @@ impl Shape {
     }
 
     fn inode_bitmap(&self) -> Vec<u8> {
-        bitmap(OWN_INODES, self.inodes_per_group)
+        bitmap(USED_INODES, self.inodes_per_group)
     }
 
     /// The first block of the inode table.
     fn inodes(&self) -> Vec<u8> {
         let mut table = vec![0; BLOCK_BYTES as usize];
-        let mut put = |number: u64, mode: u16, links: u16, start: u64, blocks: u64| {
-            let at = ((number - 1) * INODE_BYTES) as usize;
-            inode(&mut table[at..at + INODE_BYTES as usize], mode, links, start, blocks);
+        let mut put = |number: u32, mode: u16, links: u16, block: u64| {
+            let at = (u64::from(number - 1) * INODE_BYTES) as usize;
+            directory_inode(&mut table[at..at + INODE_BYTES as usize], mode, links, block);
         };
-        put(2, 0o040_755, 3, self.root(), 1);
-        put(8, 0o100_600, 1, self.journal(), self.journal_blocks);
-        put(11, 0o040_700, 2, self.lost_found(), 1);
+        put(ROOT_INODE, 0o040_755, 2 + DIRECTORIES.len() as u16, self.root());
+        for (place, (number, name)) in (1..).zip(directory_inodes().zip(DIRECTORIES)) {
+            let mode = if name == UPPER { 0o040_755 } else { 0o040_700 };
+            put(number, mode, 2, self.root() + place);
+        }
         table
     }
 
     fn superblock(&self, descriptors: &[Descriptor]) -> Vec<u8> {
         let free_blocks: u64 = descriptors.iter().map(|it| it.free_blocks).sum();
         let free_inodes: u64 = descriptors.iter().map(|it| it.free_inodes).sum();
-        // Everything but the root directory and lost+found.
-        let overhead = self.blocks - free_blocks - 2;
+        // Everything but the directories.
+        let overhead = self.blocks - free_blocks - 1 - DIRECTORIES.len() as u64;
         let mut out = vec![0; 1024];
         put32(&mut out, 0x00, self.inodes_per_group * self.groups);
         put32(&mut out, 0x04, self.blocks);
@@ -233,21 +236,15 @@ impl Shape {
         put16(&mut out, 0x3a, 1); // clean
         put16(&mut out, 0x3c, 1); // on errors, continue
         put32(&mut out, 0x4c, 1); // revision
-        put32(&mut out, 0x54, OWN_INODES);
+        put32(&mut out, 0x54, OWN_INODES + 1); // the first that is not its own
         put16(&mut out, 0x58, INODE_BYTES as u16);
-        put32(&mut out, 0x5c, 0x22c); // journal, xattrs, directory index, sparse_super2 (with no backups)
+        put32(&mut out, 0x5c, 0x228); // xattrs, directory index, sparse_super2 (with no backups)
         put32(&mut out, 0x60, 0x242); // file types, extents, flex groups
         put32(&mut out, 0x64, 0x7b); // sparse, large and huge files, descriptor checksums, many links, large inodes
         out[0x68..0x78].copy_from_slice(&UUID);
-        put32(&mut out, 0xe0, 8); // journal inode
         out[0xec..0xfc].copy_from_slice(&HASH_SEED);
         out[0xfc] = 1; // half MD4
-        out[0xfd] = 1; // the journal inode is backed up below
         put32(&mut out, 0x100, 0xc); // mount options: user xattrs, ACLs
-        let mut journal = [0; INODE_BYTES as usize];
-        inode(&mut journal, 0o100_600, 1, self.journal(), self.journal_blocks);
-        out[0x10c..0x148].copy_from_slice(&journal[0x28..0x64]);
-        put32(&mut out, 0x14c, self.journal_blocks * BLOCK_BYTES);
         put16(&mut out, 0x15c, 32); // extra inode size, least and wanted
         put16(&mut out, 0x15e, 32);
         put32(&mut out, 0x160, 1); // directory hashes take signed bytes
@@ -295,20 +292,30 @@ fn bitmap(used: u64, size: u64) -> Vec<u8> {
     bits
 }
 
-/// An inode of one extent.
-fn inode(out: &mut [u8], mode: u16, links: u16, start: u64, blocks: u64) {
+/// The inode of a directory of one block.
+fn directory_inode(out: &mut [u8], mode: u16, links: u16, block: u64) {
     put16(out, 0x00, mode);
-    put32(out, 0x04, blocks * BLOCK_BYTES);
+    put32(out, 0x04, BLOCK_BYTES);
     put16(out, 0x1a, links);
-    put32(out, 0x1c, blocks * (BLOCK_BYTES / 512));
+    put32(out, 0x1c, BLOCK_BYTES / 512);
     put32(out, 0x20, 0x8_0000); // has extents
     put16(out, 0x28, 0xf30a); // extent header: magic, one of at most four, a leaf
     put16(out, 0x2a, 1);
     put16(out, 0x2c, 4);
-    // The extent: from logical block 0, at most 32,768 blocks.
-    put16(out, 0x38, blocks as u16);
-    put32(out, 0x3c, start);
+    // The extent: one block, from logical block 0.
+    put16(out, 0x38, 1);
+    put32(out, 0x3c, block);
     put16(out, 0x80, 32); // extra size
+}
+
+fn directory_inodes() -> impl Iterator<Item = u32> {
+    OWN_INODES as u32 + 1..=USED_INODES as u32
+}
+
+/// The root's only block.
+fn root() -> Vec<u8> {
+    let own = [(ROOT_INODE, "."), (ROOT_INODE, "..")];
+    directory(&own.into_iter().chain(directory_inodes().zip(DIRECTORIES)).collect::<Vec<_>>())
 }
 
 /// A directory's only block; its entries are directories.
@@ -325,20 +332,6 @@ fn directory(entries: &[(u32, &str)]) -> Vec<u8> {
         out[at + 8..at + 8 + name.len()].copy_from_slice(name.as_bytes());
         at += length;
     }
-    out
-}
-
-/// The first block of a journal that has nothing in it. All its numbers are big-endian.
-fn journal_superblock(blocks: u64) -> Vec<u8> {
-    let mut out = vec![0; BLOCK_BYTES as usize];
-    let mut put = |at: usize, value: u32| out[at..at + 4].copy_from_slice(&value.to_be_bytes());
-    put(0x00, 0xc03b_3998);
-    put(0x04, 4); // superblock, version 2
-    put(0x0c, BLOCK_BYTES as u32);
-    put(0x10, blocks as u32);
-    put(0x14, 1); // first block of the log
-    put(0x18, 1); // first commit
-    put(0x40, 1); // users
     out
 }
 

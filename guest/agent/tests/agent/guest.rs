@@ -11,6 +11,7 @@ use std::time::Duration;
 use kiln_agent::listen::Listener;
 use kiln_agent::power::Power;
 use kiln_agent::server::{Agent, Fault, SetUp};
+use kiln_agent::setup::Prepared;
 use kiln_agent::{Life, Place};
 use kiln_protocol::frame::{self, HEADER_BYTES, Kind};
 use kiln_protocol::{
@@ -333,7 +334,11 @@ pub(crate) fn own_namespaces(namespaces: UnshareFlags) {
 
 /// What stands in for the set-up of a guest: a root for commands, made of the host's programs.
 #[allow(clippy::unnecessary_wraps, reason = "it stands in for what can fail")]
-pub(crate) fn make_root(setup: &Setup, _life: Option<&Life>) -> Result<Place, Failed> {
+pub(crate) fn make_root(
+    setup: &Setup,
+    _life: Option<&Life>,
+    _prepared: Option<Prepared>,
+) -> Result<Place, Failed> {
     let at = |path: &str| format!("{ROOT}{path}");
     rustix::mount::mount("root", ROOT, "tmpfs", MountFlags::empty(), None).expect("a tmpfs");
     for directory in ["/usr", "/etc", "/dev", "/proc", "/tmp", "/root", "/host", "/cgroup"] {

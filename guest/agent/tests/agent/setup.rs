@@ -7,6 +7,7 @@ use std::process::Command;
 use std::sync::mpsc;
 
 use kiln_agent::power::Power;
+use kiln_agent::setup::Prepared;
 use kiln_agent::{Life, Place};
 use kiln_protocol::{Call, Exec, Failed, Outcome, Reason, Setup, WindowSize};
 use rustix::fs::{CWD, FileType, Mode};
@@ -128,8 +129,12 @@ impl Booted {
 }
 
 /// The set-up of a guest, but for control groups, of which this host has one hierarchy for all.
-pub(crate) fn set_up(setup: &Setup, life: Option<&Life>) -> Result<Place, Failed> {
-    let place = kiln_agent::setup::set_up(setup, life)?;
+pub(crate) fn set_up(
+    setup: &Setup,
+    life: Option<&Life>,
+    prepared: Option<Prepared>,
+) -> Result<Place, Failed> {
+    let place = kiln_agent::setup::set_up(setup, life, prepared)?;
     Ok(Place { groups: Some(groups::own("/sys/fs/cgroup")), ..place })
 }
 

@@ -74,7 +74,7 @@ fn the_overlay_finds_what_it_needs_in_it() {
     scratch(&file, 64 * MIB).unwrap();
     let mount = Mount::new(&dir.path().join("disk"), "noatime");
     let of = |name: &str| mount.path().join(name);
-    for name in ["lower", "upper", "work", "merged"] {
+    for name in ["lower", "merged"] {
         fs::create_dir(of(name)).unwrap();
     }
     fs::write(of("lower/file"), "lower").unwrap();
