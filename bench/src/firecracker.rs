@@ -37,7 +37,7 @@ pub(crate) struct Restored {
 }
 
 /// A running process, and its end when dropped.
-struct Process {
+pub(crate) struct Process {
     child: Child,
     stdout: ChildStdout,
     socket: PathBuf,
@@ -52,6 +52,19 @@ impl Firecracker {
         place: &Path,
         memory_mib: u32,
     ) -> Result<Self> {
+        let (mut process, mut firecracker) = Self::boot(program, kernel, probe, place, memory_mib)?;
+        firecracker.snapshot_took = firecracker.save(&mut process)?;
+        Ok(firecracker)
+    }
+
+    /// Boots a guest in Firecracker, and pauses it.
+    pub(crate) fn boot(
+        program: &Path,
+        kernel: &Path,
+        probe: &Path,
+        place: &Path,
+        memory_mib: u32,
+    ) -> Result<(Process, Self)> {
         let initramfs = place.join("initramfs.cpio");
         let mut archive = std::fs::File::create(&initramfs).context("an archive")?;
         std::io::copy(&mut initramfs::with_init(probe)?, &mut archive).context("an archive")?;
@@ -66,12 +79,20 @@ impl Firecracker {
         process.call("PUT", "/actions", &serde_json::json!({ "action_type": "InstanceStart" }))?;
         process.wait_for_beat().context("Firecracker's guest does not boot")?;
         process.call("PATCH", "/vm", &serde_json::json!({ "state": "Paused" }))?;
+        let firecracker =
+            Self { program: program.into(), place: place.into(), snapshot_took: Duration::ZERO };
+        Ok((process, firecracker))
+    }
+
+    /// Takes the full snapshot of a paused guest, and says how long that took.
+    pub(crate) fn save(&self, process: &mut Process) -> Result<Duration> {
         let start = Instant::now();
+        let [state, memory] = self.files();
         let files = serde_json::json!({
-            "snapshot_type": "Full", "snapshot_path": place.join("state"), "mem_file_path": place.join("memory"),
+            "snapshot_type": "Full", "snapshot_path": state, "mem_file_path": memory,
         });
         process.call("PUT", "/snapshot/create", &files)?;
-        Ok(Self { program: program.into(), place: place.into(), snapshot_took: start.elapsed() })
+        Ok(start.elapsed())
     }
 
     /// Starts a process and has it restore the snapshot.
