@@ -1,6 +1,7 @@
-//! Code that has never heard of virtual machines: digests, durable files, locks, framing.
+//! Code that has never heard of virtual machines: digests, durable files, locks, errors in words.
 #![forbid(unsafe_code)]
 
+pub mod causes;
 pub mod digest;
 pub mod durable;
 pub mod lock;

@@ -203,21 +203,6 @@ fn for_platform(platform: Option<&Platform>) -> String {
     platform.map(|platform| format!(" for {platform}")).unwrap_or_default()
 }
 
-/// The error and its causes in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Many errors repeat their cause in their own text.
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
-}
-
 /// Text from a stranger, made fit for a terminal: one line, no control characters, not long.
 pub(crate) fn plain(text: impl fmt::Display) -> String {
     const MAX_CHARS: usize = 300;

@@ -20,10 +20,11 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::client::proxy::matcher::Matcher;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use kiln_support::causes::with_causes;
 use tokio::net::TcpStream;
 use tower_service::Service;
 
-use crate::error::{chain, plain};
+use crate::error::plain;
 
 /// How long a connection may take to come about.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -192,7 +193,7 @@ impl Http {
         }
         match tokio::time::timeout(ANSWER_TIMEOUT, self.client.request(request)).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(failed(url, kind_of(&error), chain(&error))),
+            Ok(Err(error)) => Err(failed(url, kind_of(&error), with_causes(&error))),
             Err(_) => {
                 let why = format!("no answer within {} s", ANSWER_TIMEOUT.as_secs());
                 Err(failed(url, HttpErrorKind::Transient, why))
@@ -236,7 +237,7 @@ impl Body {
                     ));
                 }
                 Ok(None) => return Ok(None),
-                Ok(Some(Err(cause))) => return Err(error(&self.host, chain(&cause))),
+                Ok(Some(Err(cause))) => return Err(error(&self.host, with_causes(&cause))),
                 Ok(Some(Ok(frame))) => frame,
             };
             // Trailers are of no interest.

@@ -4,6 +4,7 @@ use std::error::Error;
 
 use kiln_control::{Blame, Failed};
 use kiln_snapshot::LoadError;
+pub(super) use kiln_support::causes::with_causes;
 
 use crate::boot::BootError;
 use crate::machine::StartError;
@@ -109,20 +110,4 @@ fn hypervisor_hint(error: &kiln_hypervisor::Error) -> &'static str {
         }
         _ => "",
     }
-}
-
-/// An error and what caused it, in one line.
-pub(super) fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Some errors already say their cause.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }
