@@ -28,7 +28,8 @@ usage: probe list DIR...      every file below, with all its metadata and the di
        probe registers PROCESSES YIELDS
                               so many processes keep values of their own in all vector registers while they take turns
        probe beat             writes ! to the serial port, straight from user mode, every 100 us
-       probe carry-registers  the same with values in all vector registers, and X when one was lost
+       probe carry-registers  rings a Kiln machine's doorbell every 100 us, with values in all vector registers, and in
+                              another way when one was lost
        probe exit CODE
 ";
 

@@ -1,7 +1,7 @@
 //! Kiln's own guest in this process: booted, parked, saved, restored, and asked who it is.
 
 use std::fs::File;
-use std::io::{PipeReader, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -99,12 +99,11 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Boots the kernel in `folder` with `program`, which is linked statically, as its only process, and `words` as its arguments. What it
-    /// writes to the serial port can be read from the pipe.
+    /// Boots the kernel in `folder` with `program`, which is linked statically, as its only process, and `words` as its arguments.
     ///
     /// # Errors
     /// When the machine cannot be made.
-    pub fn boot_program(folder: &Path, program: &Path, words: &str) -> Result<(Self, PipeReader)> {
+    pub fn boot_program(folder: &Path, program: &Path, words: &str) -> Result<Self> {
         let shape = Shape::new(128, 1)?;
         let shell = Shell::create(&Kvm::open()?, shape)?;
         let kernel = boot::load_kernel(shell.memory(), &File::open(folder.join("vmlinux"))?)?;
@@ -112,11 +111,10 @@ impl Guest {
         let initramfs = initramfs::with_init(program)?;
         let words = format!("-- {words}");
         let entry = boot::prepare(shell.memory(), &kernel, Some(&initramfs), shape, devices.len(), &words)?;
-        let (reader, writer) = std::io::pipe()?;
-        let console = Console::new(Some(writer.into()))?;
+        let console = Console::new(None)?;
         let (observer, rung) = phases();
         let machine = Machine::start(shell, &entry, console.clone(), devices, observer)?;
-        Ok((Self { machine, ports, console, rung }, reader))
+        Ok(Self { machine, ports, console, rung })
     }
 
     /// Waits until the agent rings with `phase`; when that was.
@@ -222,6 +220,23 @@ impl Guest {
         Ok((saved, Self { machine, ports, console, rung }))
     }
 
+    /// Waits until the guest has rung `count` times with `phase`; false when it rings with `other` before.
+    ///
+    /// # Errors
+    /// When it does not go on, with its last words.
+    pub fn hears(&self, phase: u32, count: usize, other: u32) -> Result<bool> {
+        let mut heard = 0;
+        while heard < count {
+            let rung = self.rung.recv_timeout(PATIENCE);
+            let (rung, _) = rung.map_err(|_| self.lost(&format!("it is silent after {heard} rings")))?;
+            if rung == other {
+                return Ok(false);
+            }
+            heard += usize::from(rung == phase);
+        }
+        Ok(true)
+    }
+
     fn lost(&self, what: &str) -> anyhow::Error {
         let console = self.console.tail(CONSOLE_TAIL_BYTES);
         anyhow!("{what}; its last words:\n{}", String::from_utf8_lossy(&console))
@@ -277,21 +292,8 @@ impl Saved {
     /// # Errors
     /// When it cannot.
     pub fn restore(&self) -> Result<(Guest, Restored)> {
-        self.restore_with(Console::new(None)?)
-    }
-
-    /// The same, with what it writes to the serial port in a pipe.
-    ///
-    /// # Errors
-    /// When it cannot.
-    pub fn restore_heard(&self) -> Result<(Guest, PipeReader)> {
-        let (reader, writer) = std::io::pipe()?;
-        let (guest, _) = self.restore_with(Console::new(Some(writer.into()))?)?;
-        Ok((guest, reader))
-    }
-
-    fn restore_with(&self, console: Console) -> Result<(Guest, Restored)> {
         let start = Instant::now();
+        let console = Console::new(None)?;
         let (paused, ports, rung, shell_made) = self.copy(&console)?;
         let ready = Instant::now();
         let machine = paused.resume()?;
