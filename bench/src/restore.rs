@@ -130,7 +130,7 @@ async fn claim_in_process(
     let files = [File::open(state).context("the state")?, File::open(memory).context("the memory")?];
     let (start, start_ns) = (Instant::now(), kiln_vmm::monotonic().0);
     let monitor = Monitor::spawn(program)?;
-    let generation = generation(run).encode().to_vec();
+    let generation = Some(generation(run).encode().to_vec());
     let order = Restore { state_fd: 0, memory_fd: 1, cid: 3, generation, ..Restore::default() };
     monitor.restore(order, &[files[0].as_fd(), files[1].as_fd()]).await?;
     monitor.resumed().await?;

@@ -35,6 +35,15 @@ pub fn from_environment(name: &str) -> PathBuf {
     value.unwrap_or_else(|| panic!("{name} is not set: system tests are run by `cargo xtask test`")).into()
 }
 
+/// The guest kernel without the device by which the agent reaches its doorbell.
+pub fn without_memory_device() -> tempfile::NamedTempFile {
+    let kernel = tempfile::NamedTempFile::new().expect("a file");
+    let vmlinux = from_environment("KILN_TEST_GUEST").join("vmlinux");
+    let map = from_environment("KILN_TEST_SYSTEM_MAP");
+    kiln_testkit::kernel::without_memory_device(&vmlinux, &map, kernel.path()).expect("a kernel");
+    kernel
+}
+
 /// `kiln` with the tests' store and nothing of the caller's configuration.
 pub fn kiln<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(program());

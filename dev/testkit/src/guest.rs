@@ -1,22 +1,24 @@
 //! Kiln's own guest in this process: booted, parked, saved, restored, and asked who it is.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use kiln_hypervisor::{Hypervisor as _, Kvm};
 use kiln_protocol::frame::{self, Kind};
 use kiln_protocol::mailbox::Generation;
-use kiln_protocol::{AGENT_PORT, Call, Hello, Outcome, Park, Reply, Request, Welcome, power};
+use kiln_protocol::{
+    AGENT_PORT, Became, Become, Call, Hello, Outcome, Park, READY_PORT, Reply, Request, Welcome, power,
+};
 use kiln_snapshot::Header;
 use kiln_support::digest::Digest;
-use kiln_virtio::{Device, Rng, Vsock, VsockPorts};
-use kiln_vmm::{Console, Machine, MachineState, Notice, Observer, Paused, Shape, Shell, boot};
+use kiln_virtio::{Device, OpenStream, Rng, Vsock, VsockPorts};
+use kiln_vmm::{Console, Machine, MachineState, Notice, Observer, Parking, Paused, Shape, Shell, boot};
 use prost::Message as _;
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -38,6 +40,9 @@ pub struct Guest {
 /// A guest whose agent is parked.
 pub struct Parked {
     paused: Paused<Kvm>,
+    ports: VsockPorts,
+    console: Console,
+    rung: mpsc::Receiver<(u32, Instant)>,
 }
 
 /// Where the time of a claim went: what was ready before it, and the steps from its start.
@@ -57,6 +62,8 @@ pub struct Claimed {
 pub struct Saved {
     snapshot: Vec<u8>,
     memory: File,
+    /// Where its agent is parked.
+    pub parking: Parking,
     /// How long it took to take its state.
     pub state_took: Duration,
     /// How long it took to copy its memory.
@@ -82,17 +89,24 @@ impl Guest {
     /// # Errors
     /// When the guest does not get there; with its last words.
     pub fn boot(folder: &Path, memory_mib: u32, vcpus: u32) -> Result<Self> {
-        let open = |name: &str| {
-            File::open(folder.join(name)).with_context(|| format!("{} in {}", name, folder.display()))
-        };
+        Self::boot_kernel(&folder.join("vmlinux"), folder, memory_mib, vcpus)
+    }
+
+    /// The same with another kernel.
+    ///
+    /// # Errors
+    /// As [`boot`](Self::boot).
+    pub fn boot_kernel(kernel: &Path, folder: &Path, memory_mib: u32, vcpus: u32) -> Result<Self> {
+        let open = |path: &Path| File::open(path).with_context(|| path.display().to_string());
         let shape = Shape::new(memory_mib, vcpus)?;
         let shell = Shell::create(&Kvm::open()?, shape)?;
-        let kernel = boot::load_kernel(shell.memory(), &open("vmlinux")?)?;
+        let kernel = boot::load_kernel(shell.memory(), &open(kernel)?)?;
         let (devices, ports) = devices();
-        let initramfs = open("initramfs.cpio")?;
+        let initramfs = open(&folder.join("initramfs.cpio"))?;
         let entry = boot::prepare(shell.memory(), &kernel, Some(&initramfs), shape, devices.len(), "")?;
         let console = Console::new(None)?;
-        let (observer, rung) = phases();
+        let (observer, knocked, rung) = phases();
+        ports.listen(READY_PORT, knocked);
         let machine = Machine::start(shell, &entry, console.clone(), devices, observer)?;
         let guest = Self { machine, ports, console, rung };
         guest.wait_for(power::PHASE_LISTENING)?;
@@ -112,7 +126,7 @@ impl Guest {
         let words = format!("-- {words}");
         let entry = boot::prepare(shell.memory(), &kernel, Some(&initramfs), shape, devices.len(), &words)?;
         let console = Console::new(None)?;
-        let (observer, rung) = phases();
+        let (observer, _, rung) = phases();
         let machine = Machine::start(shell, &entry, console.clone(), devices, observer)?;
         Ok(Self { machine, ports, console, rung })
     }
@@ -136,27 +150,54 @@ impl Guest {
     /// # Errors
     /// When it does not.
     pub fn park(self) -> Result<Parked> {
-        let mut answer = Vec::new();
-        // The connection ends without an answer when it parks.
-        self.ask(Call::Park(Park {}))?.read_to_end(&mut answer)?;
-        if !answer.is_empty() {
-            bail!("it does not park: {}", String::from_utf8_lossy(&answer));
-        }
-        self.wait_for(power::PHASE_PARKED)?;
-        let paused =
+        // The connection ends without an answer when it parks at its doorbell.
+        let is_at_port = match read_reply(&mut self.ask(Call::Park(Park {}))?) {
+            Ok(Outcome::Parked(_)) => true,
+            Ok(other) => bail!("it does not park: {other:?}"),
+            Err(_) => self.wait_for(power::PHASE_PARKED).map(|_| false)?,
+        };
+        let mut paused =
             self.machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
-        Ok(Parked { paused })
+        if is_at_port {
+            paused.park_at_port();
+        }
+        Ok(Parked { paused, ports: self.ports, console: self.console, rung: self.rung })
+    }
+
+    /// Connects to the agent.
+    fn connect(&self) -> Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(PATIENCE))?;
+        self.ports.connect(AGENT_PORT, OwnedFd::from(theirs))?;
+        Ok(ours)
+    }
+
+    /// Says at the port of a guest that is parked there who it is, and when it asked and when it had become that.
+    fn tell(&self, generation: Option<&Generation>) -> Result<[Instant; 2]> {
+        let mut stream = self.connect()?;
+        let asking =
+            read_reply(&mut stream).map_err(|error| self.lost(&format!("it asks nothing: {error}")))?;
+        if !matches!(asking, Outcome::Parked(_)) {
+            bail!("{asking:?} where it should ask who it is");
+        }
+        let asked = Instant::now();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
+        let mail = generation.map(|generation| Generation { realtime_ns: now, ..generation.clone() });
+        let mail = mail.map(|generation| generation.encode().to_vec());
+        send(&mut stream, Call::Become(Become { generation: mail }))?;
+        match (read_reply(&mut stream)?, generation) {
+            (Outcome::Done(_), None) => {}
+            (Outcome::Became(Became { id }), Some(generation)) if id == generation.id => {}
+            (other, _) => bail!("{other:?} where it should say who it is"),
+        }
+        Ok([asked, Instant::now()])
     }
 
     /// Sends a request on a connection of its own.
     fn ask(&self, call: Call) -> Result<UnixStream> {
-        let (mut ours, theirs) = UnixStream::pair()?;
-        ours.set_read_timeout(Some(PATIENCE))?;
-        self.ports.connect(AGENT_PORT, OwnedFd::from(theirs))?;
-        let mut request = Vec::new();
-        frame::append_message(&mut request, Kind::Request, &Request { call: Some(call) });
-        ours.write_all(&request)?;
-        Ok(ours)
+        let mut stream = self.connect()?;
+        send(&mut stream, call)?;
+        Ok(stream)
     }
 
     /// Asks the agent who it is.
@@ -164,16 +205,9 @@ impl Guest {
     /// # Errors
     /// When there is no answer, or not one to this question.
     pub fn hello(&self) -> Result<Welcome> {
-        let mut ours = self.ask(Call::Hello(Hello {}))?;
-        let mut header = [0; frame::HEADER_BYTES];
-        ours.read_exact(&mut header)
-            .map_err(|error| self.lost(&format!("the agent does not answer: {error}")))?;
-        let (kind, bytes) = frame::parse_header(header)?;
-        let mut reply = vec![0; bytes];
-        ours.read_exact(&mut reply)?;
-        let reply = (kind == Kind::Reply).then(|| Reply::decode(&reply[..])).transpose()?;
-        match reply.and_then(|reply| reply.outcome) {
-            Some(Outcome::Welcome(welcome)) => Ok(welcome),
+        let reply = read_reply(&mut self.ask(Call::Hello(Hello {}))?);
+        match reply.map_err(|error| self.lost(&format!("the agent does not answer: {error}")))? {
+            Outcome::Welcome(welcome) => Ok(welcome),
             other => bail!("{other:?} where the agent's reply should be"),
         }
     }
@@ -251,6 +285,25 @@ impl Parked {
     pub fn save(mut self) -> Result<Saved> {
         Saved::of(&mut self.paused)
     }
+
+    /// Where the agent is parked.
+    pub fn parking(&self) -> Parking {
+        self.paused.parking()
+    }
+
+    /// Lets the guest go on as the one it was.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn go_on(self) -> Result<Guest> {
+        let Self { paused, ports, console, rung } = self;
+        let is_at_port = paused.parking() == Parking::Port;
+        let guest = Guest { machine: paused.resume()?, ports, console, rung };
+        if is_at_port {
+            guest.tell(None)?;
+        }
+        Ok(guest)
+    }
 }
 
 impl Saved {
@@ -267,7 +320,7 @@ impl Saved {
         let memory_bytes = std::os::unix::fs::MetadataExt::blocks(&memory.metadata()?) * 512;
         let mut snapshot = Vec::new();
         kiln_snapshot::write(&header(&state), &state.to_sections(), &mut snapshot)?;
-        Ok(Self { snapshot, memory, state_took, memory_took, memory_bytes })
+        Ok(Self { snapshot, memory, parking: state.parking, state_took, memory_took, memory_bytes })
     }
 
     /// Writes the snapshot as this host's monitor takes it: its state and its memory, in files of `folder`.
@@ -309,12 +362,18 @@ impl Saved {
         let start = Instant::now();
         let console = Console::new(None)?;
         let (mut paused, ports, rung, shell_made) = self.copy(&console)?;
-        paused.put_mail(&generation.encode())?;
+        let is_at_port = paused.parking() == Parking::Port;
+        if !is_at_port {
+            paused.put_mail(&generation.encode())?;
+        }
         let ready = Instant::now();
         let machine = paused.resume()?;
         let guest = Guest { machine, ports, console, rung };
-        let resumed = guest.wait_for(power::PHASE_RESUMED)?;
-        let adopted = guest.wait_for(power::PHASE_ADOPTED)?;
+        let [resumed, adopted] = if is_at_port {
+            guest.tell(Some(generation))?
+        } else {
+            [guest.wait_for(power::PHASE_RESUMED)?, guest.wait_for(power::PHASE_ADOPTED)?]
+        };
         let took = Claimed {
             shell: shell_made - start,
             state: ready - shell_made,
@@ -336,22 +395,43 @@ impl Saved {
         let shell_made = Instant::now();
         shell.memory().overlay(&self.memory)?;
         let (devices, ports) = devices();
-        let (observer, rung) = phases();
+        let (observer, _, rung) = phases();
         let paused = Paused::restore(shell, &state, console.clone(), devices, observer)?;
         Ok((paused, ports, rung, shell_made))
     }
 }
 
-/// Hears what phases the agent rings, and when.
-fn phases() -> (Observer, mpsc::Receiver<(u32, Instant)>) {
+fn send(stream: &mut UnixStream, call: Call) -> Result<()> {
+    let mut request = Vec::new();
+    frame::append_message(&mut request, Kind::Request, &Request { call: Some(call) });
+    Ok(stream.write_all(&request)?)
+}
+
+fn read_reply(stream: &mut UnixStream) -> Result<Outcome> {
+    let mut header = [0; frame::HEADER_BYTES];
+    stream.read_exact(&mut header)?;
+    let (kind, bytes) = frame::parse_header(header)?;
+    let mut reply = vec![0; bytes];
+    stream.read_exact(&mut reply)?;
+    let reply = (kind == Kind::Reply).then(|| Reply::decode(&reply[..])).transpose()?;
+    reply.and_then(|reply| reply.outcome).context("what comes is no reply")
+}
+
+/// Hears what phases the agent rings, and when; and when one without a doorbell knocks.
+fn phases() -> (Observer, OpenStream, mpsc::Receiver<(u32, Instant)>) {
     let (sender, rung) = mpsc::channel();
+    let knocks = sender.clone();
+    let knocked = move || {
+        let _ = knocks.send((power::PHASE_LISTENING, Instant::now()));
+        Err(io::ErrorKind::ConnectionRefused.into())
+    };
     let observer = move |notice| {
         if let Notice::Doorbell(phase, _) = notice {
             // Nobody may listen any more.
             let _ = sender.send((phase, Instant::now()));
         }
     };
-    (Box::new(observer), rung)
+    (Box::new(observer), Box::new(knocked), rung)
 }
 
 fn devices() -> (Vec<Box<dyn Device>>, VsockPorts) {

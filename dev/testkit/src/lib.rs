@@ -7,6 +7,7 @@ pub mod guest;
 pub mod http;
 pub mod image;
 pub mod initramfs;
+pub mod kernel;
 pub mod layout;
 pub mod nasty;
 pub mod registry;

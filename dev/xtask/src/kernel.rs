@@ -74,6 +74,11 @@ pub(crate) fn build() -> Result<PathBuf> {
     Ok(ensure()?.vmlinux)
 }
 
+/// Where the symbols of the kernel are that [`build`] returns.
+pub(crate) fn system_map() -> Result<PathBuf> {
+    Ok(build()?.with_file_name("System.map"))
+}
+
 fn find_or_build(keep_source: bool) -> Result<Kernel> {
     if let Some(own) = std::env::var_os(OWN_KERNEL) {
         let vmlinux = PathBuf::from(own);

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use crate::{paths, process, release, rig};
+use crate::{kernel, paths, process, release, rig};
 
 /// How many tests run at once on this host, each with a machine or two.
 const HOST_THREADS: &str = "2";
@@ -39,6 +39,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
         ("KILN", kiln),
         ("KILN_PROBE", probe),
         ("KILN_TEST_GUEST", guest),
+        ("KILN_TEST_SYSTEM_MAP", kernel::system_map()?),
         ("KILN_TEST_STORE", store.clone()),
     ];
 

@@ -5,8 +5,8 @@
 //! agent has one thread and no standard library: what it is made of is what a restored guest touches first.
 //!
 //! A guest that is to be saved parks: its processes are frozen (`freezer`), its disk is written out, and the agent
-//! stands at the doorbell ([`power`]), in user mode. One that goes on with mail becomes another guest (`adopt`,
-//! `identity`), tells the image (`hooks`), and only then lets its processes go on. `docs/guide/clones.md` is what users
+//! stands at the doorbell ([`power`]), in user mode; without one, it waits for the host at its port (`caller`). One that
+//! goes on with mail becomes another guest (`adopt`, `identity`), tells the image (`hooks`), and only then lets its processes go on. `docs/guide/clones.md` is what users
 //! see of it.
 
 #![no_std]
@@ -16,6 +16,7 @@ extern crate alloc;
 
 mod adopt;
 mod awaited;
+mod caller;
 mod command;
 mod connection;
 mod extra;

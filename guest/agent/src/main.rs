@@ -41,7 +41,7 @@ fn run() {
 fn serve(power: &Power) -> Result<(), Fault> {
     let socket = sys::listen_on_vsock(AGENT_PORT).map_err(Fault::Serving)?;
     let agent = Agent::new(Listener::Vsock(socket), set_up, power).map_err(Fault::Serving)?;
-    power.ring(power::PHASE_LISTENING);
+    power.announce();
     agent.run()
 }
 

@@ -1,7 +1,7 @@
 //! What the agent tells the monitor without words: that it runs, that it listens, that it is parked, that the machine is
 //! to end.
 
-use kiln_protocol::power;
+use kiln_protocol::{READY_PORT, power};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -9,7 +9,8 @@ use rustix::system::RebootCommand;
 
 use crate::sys::{self, Mail, Mailbox, PowerPage};
 
-/// The way to the monitor that needs no guest kernel; without the device, a machine still works and ends by a reset.
+/// The way to the monitor that needs no guest kernel; without the device, a machine still works, parks at its port, and ends
+/// by a reset.
 pub struct Power {
     bell: Bell,
     mailbox: Option<Mailbox>,
@@ -55,9 +56,17 @@ impl Power {
         Self { bell: Bell::Socket(socket), mailbox: Some(mailbox) }
     }
 
-    /// Whether there is somebody to park for.
-    pub(crate) fn can_park(&self) -> bool {
+    /// Whether the guest parks at the doorbell and looks for mail. Otherwise it waits at its port.
+    pub(crate) fn has_doorbell(&self) -> bool {
         self.mailbox.is_some()
+    }
+
+    /// Says that the agent listens, before any process of a user's runs.
+    pub fn announce(&self) {
+        match self.bell {
+            Bell::Missing => sys::knock(READY_PORT),
+            Bell::Page(_) | Bell::Socket(_) => self.ring(power::PHASE_LISTENING),
+        }
     }
 
     /// Parks; the machine stands still in here, for as long as the monitor likes, and is saved here. Returns whether

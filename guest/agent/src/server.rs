@@ -11,38 +11,41 @@
 //! ```
 //!
 //! A command whose connection is lost is abandoned, which is to be killed. A guest that is asked to park keeps the
-//! connections of running commands and closes all others. It may go on as another guest, whose host knows nothing of
-//! them: a command of an earlier life whose connection is lost is detached, and runs on with nobody at its streams.
+//! connections of running commands and closes all others ([`parking`]). It may go on as another guest, whose host knows
+//! nothing of them: a command of an earlier life whose connection is lost is detached, and runs on with nobody at its
+//! streams.
 //!
 //! Every file is watched edge-triggered: an event is remembered as "may be ready" until a call says otherwise, so the
 //! loop makes no call to change what it waits for, and waits whenever nothing may be ready.
 
-use alloc::ffi::CString;
+mod parking;
+
 use alloc::string::{String, ToString as _};
 use alloc::vec;
 use alloc::vec::Vec;
 
 use kiln_protocol::frame::{self, Kind, ToAgent};
-use kiln_protocol::mailbox::GENERATION_BYTES;
-use kiln_protocol::{Await, Call, Done, Exec, Failed, Outcome, PowerOff, Setup, Started, Welcome, power};
+use kiln_protocol::{
+    Await, Call, Done, Exec, Failed, Outcome, Parked, PowerOff, Setup, Started, Welcome, power,
+};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use rustix::time::Timespec;
 
-use crate::adopt::{Moment, Rate, adopt};
+use crate::adopt::{Moment, Rate};
 use crate::awaited::Wait;
 use crate::connection::{Connection, Next, Stage, data, source};
 use crate::failure::{internal, invalid, text};
-use crate::freezer::Frozen;
 use crate::identity::Life;
 use crate::listen::Listener;
-use crate::power::{Power, Taken};
+use crate::power::Power;
 use crate::session::{Registrar, Session, Source, Violation, one_shot};
-use crate::setup::{Prepared, prepare};
+use crate::setup::Prepared;
 use crate::workload::{Place, Workload};
-use crate::{extra, hooks, mounts, sys};
+use crate::{extra, mounts, sys};
+use parking::Parking;
 
 /// The most connections at a time; one more is closed at once.
 const MAX_CONNECTIONS: usize = 64;
@@ -101,12 +104,6 @@ pub struct Agent<'a> {
     rate: Option<Rate>,
     /// The life since the guest was last restored.
     life: Option<Life>,
-}
-
-/// A guest made ready to park.
-struct Parking {
-    frozen: Frozen,
-    hooks: Vec<CString>,
 }
 
 /// A power-off under way.
@@ -398,11 +395,16 @@ impl<'a> Agent<'a> {
             Call::Park(_) => match self.make_ready_to_park() {
                 Ok(parking) => {
                     self.parking = Some(parking);
-                    connection.stage = Stage::Answered;
-                    return;
+                    if self.power.has_doorbell() {
+                        // The ring is the answer.
+                        connection.stage = Stage::Answered;
+                        return;
+                    }
+                    Ok(Outcome::Parked(Parked {}))
                 }
                 Err(failed) => Err(failed),
             },
+            Call::Become(_) => Err(invalid("the guest is not parked".into())),
         };
         connection.answer(outcome.unwrap_or_else(Outcome::Failed));
     }
@@ -525,70 +527,6 @@ impl<'a> Agent<'a> {
             Some(_) => Err(invalid("the guest is being parked".into())),
             None => Ok(()),
         }
-    }
-
-    /// Stops the guest's processes and writes out what they wrote, so that memory and disk are of one moment.
-    #[cold]
-    fn make_ready_to_park(&mut self) -> Result<Parking, Failed> {
-        if !self.power.can_park() {
-            return Err(invalid("the machine has nothing to park at: no power device, or no mailbox".into()));
-        }
-        if self.stopping.is_some() {
-            return Err(invalid("the guest is powering off".into()));
-        }
-        self.is_not_parking()?;
-        let now = Moment::now();
-        self.rate.get_or_insert_with(|| now.rate_since(self.started));
-        let Some(workload) = &self.workload else {
-            if self.prepared.is_none() {
-                self.prepared = Some(prepare()?);
-            }
-            return Ok(Parking { frozen: Frozen::default(), hooks: Vec::new() });
-        };
-        let hooks = hooks::find();
-        let frozen = workload.freeze()?;
-        if let Some(scratch) = &workload.place.scratch
-            && let Err(error) = rustix::fs::syncfs(scratch)
-        {
-            frozen.thaw();
-            return Err(internal("write out the scratch disk", error));
-        }
-        Ok(Parking { frozen, hooks })
-    }
-
-    /// Parks; comes back as the guest it was, or as the one its mail says.
-    #[inline(never)]
-    fn park(&mut self, parking: Parking) -> Result<(), Fault> {
-        for connection in &mut self.connections {
-            connection.take_if(|connection| {
-                matches!(connection.stage, Stage::Asking | Stage::Waiting(_) | Stage::Answered)
-            });
-        }
-        // What closing them has left for the kernel to do is done now, and not after each restore.
-        rustix::thread::sched_yield();
-        let mut taken = Taken { mail: [0; GENERATION_BYTES], ticks: 0 };
-        if self.power.park(&mut taken) {
-            self.adopt(&mut taken, &parking)?;
-        }
-        parking.frozen.thaw();
-        Ok(())
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn adopt(&mut self, taken: &mut Taken, parking: &Parking) -> Result<(), Fault> {
-        let counter = self.restores().saturating_add(1);
-        let rate = self.rate.unwrap_or_default();
-        let place = self.workload.as_mut().map(|workload| &mut workload.place);
-        let random = self.prepared.as_ref().map(|prepared| &prepared.random);
-        let life =
-            adopt(taken, random, place, rate, counter).map_err(|failed| Fault::NotAdopted(failed.message))?;
-        self.power.ring(power::PHASE_ADOPTED);
-        if let Some(workload) = &mut self.workload {
-            hooks::run(&parking.hooks, workload, first_process(&self.connections), &life);
-        }
-        self.life = Some(life);
-        Ok(())
     }
 
     fn patience_ends(&mut self) {

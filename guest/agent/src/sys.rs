@@ -23,4 +23,4 @@ pub use heap::Heap;
 pub use page::{Mail, Mailbox, PowerPage, notice, wipe};
 pub use random::add_entropy;
 pub use read::read_onto;
-pub use vsock::{accept_from_host, listen_on_vsock};
+pub use vsock::{accept_from_host, knock, listen_on_vsock};

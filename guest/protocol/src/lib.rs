@@ -26,6 +26,9 @@ pub use reader::Reader;
 
 /// The vsock port on which the agent accepts requests; it is bound before any user process runs.
 pub const AGENT_PORT: u32 = 1024;
+/// The vsock port of the host's at which an agent that has no doorbell knocks when it listens. It is always refused: that it
+/// tried is all there is to say.
+pub const READY_PORT: u32 = 1024;
 /// The context id of the host. VIRTIO 1.2 §5.10 "Socket Device".
 pub const HOST_CID: u32 = 2;
 /// The most bytes a frame's payload may have.

@@ -9,7 +9,7 @@ use prost::{Enumeration, Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Request {
     /// The one thing asked for. `None` is refused.
-    #[prost(oneof = "Call", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "Call", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub call: Option<Call>,
 }
 
@@ -28,8 +28,9 @@ pub enum Call {
     /// Asks for nothing but an answer: agent version and guest facts.
     #[prost(message, tag = "4")]
     Hello(Hello),
-    /// Freezes user processes, writes out what is dirty, and parks at the doorbell until there is mail. Answered only
-    /// when it cannot be done: the ring is the answer, and the connection is gone by then.
+    /// Freezes user processes, writes out what is dirty, and parks. At the doorbell until there is mail: answered only when it
+    /// cannot be done, for the ring is the answer, and the connection is gone by then. A guest that has no doorbell answers
+    /// [`Parked`] and waits at its port for [`Become`].
     #[prost(message, tag = "5")]
     Park(Park),
     /// Writes a part of a file into the guest's root.
@@ -41,6 +42,18 @@ pub enum Call {
     /// Is answered when what it names has come about; the caller closes the connection when it has waited long enough.
     #[prost(message, tag = "8")]
     Await(Await),
+    /// Says who a guest is that is parked at its port: the only thing such a guest hears. It has said [`Parked`] first, unasked.
+    #[prost(message, tag = "9")]
+    Become(Become),
+}
+
+/// Says who a parked guest is now.
+#[derive(Clone, PartialEq, Message)]
+pub struct Become {
+    /// A generation as it lies in the [mailbox](crate::mailbox), with the wall clock of this moment; answered by [`Became`]
+    /// once the guest is that one. `None` for the guest to go on as the one it was; answered by [`Done`].
+    #[prost(bytes = "vec", optional, tag = "1")]
+    pub generation: Option<Vec<u8>>,
 }
 
 /// Writes a part of a file into the guest's root, as root: at least one, in their order, for any file.
@@ -193,7 +206,7 @@ pub struct PowerOff {
 #[derive(Clone, PartialEq, Message)]
 pub struct Reply {
     /// What came of it.
-    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4, 5, 6")]
     pub outcome: Option<Outcome>,
 }
 
@@ -212,6 +225,24 @@ pub enum Outcome {
     /// Who answers.
     #[prost(message, tag = "4")]
     Welcome(Welcome),
+    /// The guest is parked at its port, and the machine may be stopped; or it is still, and asks who it is.
+    #[prost(message, tag = "5")]
+    Parked(Parked),
+    /// The guest has become another.
+    #[prost(message, tag = "6")]
+    Became(Became),
+}
+
+/// The guest is parked without a doorbell.
+#[derive(Clone, PartialEq, Message)]
+pub struct Parked {}
+
+/// The guest is the one of its generation; only now user processes run.
+#[derive(Clone, PartialEq, Message)]
+pub struct Became {
+    /// The generation's id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: Vec<u8>,
 }
 
 /// Nothing more to say.

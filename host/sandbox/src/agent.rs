@@ -117,7 +117,7 @@ async fn send_request(stream: &mut (impl AsyncWrite + Unpin), call: Call) -> Res
     stream.write_all(&packet).await.map_err(AgentError::Lost)
 }
 
-async fn read_reply(stream: &mut (impl AsyncRead + Unpin)) -> Result<Outcome, AgentError> {
+pub(crate) async fn read_reply(stream: &mut (impl AsyncRead + Unpin)) -> Result<Outcome, AgentError> {
     let mut payload = Vec::new();
     let kind = read_frame(stream, &mut payload).await?;
     if kind != Kind::Reply {

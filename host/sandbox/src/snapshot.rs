@@ -23,7 +23,7 @@ use kiln_support::digest::{Digest, Hasher};
 pub(crate) use content::Content;
 pub use content::{HostFile, HostFileError, Trigger};
 pub use error::{BakeError, SnapshotError};
-pub(crate) use park::{park, state_order};
+pub(crate) use park::{go_on, park, state_order};
 pub use restore::verify;
 
 use crate::disk::Disk;

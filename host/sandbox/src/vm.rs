@@ -54,6 +54,9 @@ pub enum Phase {
     TemplateBaked,
     /// The agent of a restored guest took the identity it was given: its first instructions.
     Resumed,
+    /// The same of a guest whose kernel gives its agent no doorbell: it asked for its identity over a connection, which takes
+    /// the guest kernel and is slower.
+    ResumedWithoutDoorbell,
     /// The restored guest has that identity, and can run commands.
     Adopted,
 }
@@ -70,6 +73,7 @@ impl Phase {
             Self::BaseBaked => "base_baked",
             Self::TemplateBaked => "template_baked",
             Self::Resumed => "resumed",
+            Self::ResumedWithoutDoorbell => "resumed_without_doorbell",
             Self::Adopted => "adopted",
         }
     }
@@ -262,7 +266,7 @@ impl Vm {
     pub async fn resume(&self) -> Result<(), VmError> {
         let mut paused = self.machine.paused.lock().await;
         if *paused {
-            self.machine.monitor.resume(Vec::new()).await?;
+            self.machine.monitor.resume(None).await?;
             *paused = false;
         }
         Ok(())

@@ -91,21 +91,26 @@ pub struct Restore {
     #[prost(uint64, tag = "5")]
     pub cid: u64,
     /// Whose life the guest leads from here: a generation as `kiln_protocol::mailbox` has it, its clock filled in when the
-    /// guest is entered. Empty for the guest to go on as if nothing had been.
-    #[prost(bytes = "vec", tag = "6")]
-    pub generation: Vec<u8>,
+    /// guest is entered. `None` for the guest to go on as if nothing had been. A guest that is parked at its port is not given
+    /// it: that is left to the host ([`Entered::at_port`]).
+    #[prost(bytes = "vec", optional, tag = "6")]
+    pub generation: Option<Vec<u8>>,
 }
 
 /// Stops the machine.
-#[derive(Clone, PartialEq, Message)]
-pub struct Pause {}
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Pause {
+    /// The agent has said that it is parked at its port: the machine stands still for that, which is told by [`Parked`] first.
+    #[prost(bool, tag = "1")]
+    pub parked: bool,
+}
 
 /// Lets the machine go on.
 #[derive(Clone, PartialEq, Message)]
 pub struct Resume {
     /// As [`Restore::generation`].
-    #[prost(bytes = "vec", tag = "1")]
-    pub generation: Vec<u8>,
+    #[prost(bytes = "vec", optional, tag = "1")]
+    pub generation: Option<Vec<u8>>,
 }
 
 /// Writes the machine's memory to the empty file beside the packet, pages of zeros as holes. A machine that runs is copied while it
@@ -223,7 +228,7 @@ pub enum Happened {
     /// The machine could not be made or start; the last event.
     #[prost(message, tag = "4")]
     Failed(Failed),
-    /// The agent is parked and the machine stands still, as [`Pause`] makes it.
+    /// The agent is parked and the machine stands still, as [`Pause`] makes it or has made it.
     #[prost(message, tag = "5")]
     Parked(Parked),
     /// The machine stands still.
@@ -271,6 +276,9 @@ pub struct Entered {
     /// The same when the first vCPU was about to enter the guest.
     #[prost(uint64, tag = "3")]
     pub entered_ns: u64,
+    /// The agent waits at its port to hear who the guest is, from the host: the monitor does not speak with it.
+    #[prost(bool, tag = "4")]
+    pub at_port: bool,
 }
 
 /// The agent acknowledged its generation.

@@ -43,6 +43,9 @@ pub(crate) const KERNEL_START: Gpa = Gpa(0x10_0000);
 
 /// The power and doorbell page. Part of the contract with the guest: `kiln_protocol::POWER_GPA` is the same address.
 pub const POWER_PAGE: Gpa = Gpa(0xd000_0000);
+/// The vsock port of the host's at which an agent without a doorbell knocks when it listens; `kiln_protocol::READY_PORT` is the
+/// same.
+pub const READY_PORT: u32 = 1024;
 /// How many bytes a device's window has.
 pub const WINDOW_BYTES: u64 = 0x1000;
 /// The first virtio transport; the others follow, a window each.

@@ -34,6 +34,6 @@ pub use devices::{DeviceError, DevicesState, IoapicState, SerialState};
 pub use host::{PVM_COMMAND_LINE, is_pvm};
 pub use live::{LiveError, LiveState, Saved};
 pub use machine::{Machine, Notice, Observer, StartError};
-pub use paused::{MachineState, Paused, RestoreError, SaveError};
+pub use paused::{MachineState, Parking, Paused, RestoreError, SaveError};
 pub use saved::SectionError;
 pub use shell::{MAX_MEMORY_MIB, MIN_MEMORY_MIB, Shape, ShapeError, Shell, ShellError};

@@ -11,7 +11,7 @@ use kiln_hypervisor::Hypervisor;
 use kiln_memory::Watch;
 
 use crate::machine::Machine;
-use crate::paused::{MachineState, Paused, SaveError};
+use crate::paused::{MachineState, Parking, Paused, SaveError};
 
 /// As much as may be left to copy when the machine stands still: a millisecond of copying.
 const REST_BYTES: u64 = 1 << 20;
@@ -70,7 +70,7 @@ impl<H: Hypervisor> Machine<H> {
         let rest = paused.save_rest(file, watch);
         let state = rest.map_err(LiveError::from).and_then(|()| Ok(paused.save()?));
         let live = |state: Result<_, _>| state.map(|state| LiveState { state, pause: start.elapsed() });
-        if paused.is_parked() {
+        if paused.parking() != Parking::None {
             return (Saved::Parked(paused), live(state));
         }
         match paused.resume() {

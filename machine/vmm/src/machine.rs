@@ -16,7 +16,7 @@ use crate::console::{Console, ConsoleInput};
 use crate::control::{Control, End};
 use crate::devices::{Devices, Effect, Ioapic, power};
 use crate::host;
-use crate::paused::Paused;
+use crate::paused::{Parking, Paused};
 use crate::shell::{Shape, Shell};
 
 /// What the guest kernel prints when it gives up. Linux `kernel/panic.c`.
@@ -94,8 +94,8 @@ impl<H: Hypervisor> Machine<H> {
             return Err(self);
         }
         self.shared.devices.pause();
-        let parked = self.shared.control.take_parked();
-        Ok(Paused { machine: self, vcpus, parked })
+        let parking = if self.shared.control.take_parked() { Parking::Doorbell } else { Parking::None };
+        Ok(Paused { machine: self, vcpus, parking })
     }
 
     /// Readable when the guest has parked itself: its vCPUs stand still, or will in moments, and [`pause`](Self::pause) takes
@@ -157,7 +157,7 @@ impl<H: Hypervisor> Paused<H> {
         let devices = devices(ioapic, &memory, console.input())?;
         let shared = Arc::new(Shared { control, devices, has_mail: AtomicBool::new(false), observer });
         let machine = Machine { shared, threads: Vec::new(), console, vm, memory, shape };
-        Ok(Self { machine, vcpus, parked: false })
+        Ok(Self { machine, vcpus, parking: Parking::None })
     }
 
     /// Lets the machine go on where it stopped.

@@ -23,7 +23,7 @@ pub enum MailError {
     #[error("a generation of {0} bytes where {GENERATION_BYTES} make one")]
     Length(usize),
     /// Nobody would look for it.
-    #[error("the machine was not parked by its agent, so it cannot become another")]
+    #[error("the machine was not parked at its doorbell, so nobody looks for mail")]
     NotParked,
     /// It has no id.
     #[error("a generation without an id")]

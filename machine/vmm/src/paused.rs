@@ -22,8 +22,7 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 pub struct Paused<H: Hypervisor> {
     pub(crate) machine: Machine<H>,
     pub(crate) vcpus: Vec<VcpuOf<H>>,
-    /// Its agent has parked it, and looks for mail when it goes on.
-    pub(crate) parked: bool,
+    pub(crate) parking: Parking,
 }
 
 /// Everything a paused machine is, its memory and the files and sockets behind its devices apart.
@@ -35,12 +34,24 @@ pub struct MachineState {
     pub clock_ns: u64,
     /// The rate of its time stamp counters in kHz.
     pub tsc_khz: u32,
-    /// Its agent is parked.
-    pub parked: bool,
+    /// Where its agent is parked.
+    pub parking: Parking,
     /// Its vCPUs in order.
     pub vcpus: Vec<VcpuState>,
     /// Its devices.
     pub devices: DevicesState,
+}
+
+/// Where the agent of a machine that stands still finds out who it is when it goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Parking {
+    /// It is not parked.
+    #[default]
+    None,
+    /// At its doorbell: it looks for mail.
+    Doorbell,
+    /// At its vsock port, for want of a doorbell: it waits for the host to call.
+    Port,
 }
 
 /// A paused machine cannot be saved.
@@ -88,9 +99,16 @@ pub enum RestoreError {
 }
 
 impl<H: Hypervisor> Paused<H> {
-    /// Whether its agent has parked it: only then it can become another.
-    pub fn is_parked(&self) -> bool {
-        self.parked
+    /// Whether its agent has parked it, and where: only then it can become another.
+    pub fn parking(&self) -> Parking {
+        self.parking
+    }
+
+    /// Takes note that its agent has said that it is parked at its port. One that is at its doorbell is there.
+    pub fn park_at_port(&mut self) {
+        if self.parking == Parking::None {
+            self.parking = Parking::Port;
+        }
     }
 
     /// The guest's memory, which stands still too.
@@ -119,7 +137,14 @@ impl<H: Hypervisor> Paused<H> {
         let vcpus = self.vcpus.iter_mut().map(Vcpu::save).collect::<Result<_, _>>()?;
         let devices = self.machine.shared.devices.save().map_err(SaveError::InFlight)?;
         let tsc_khz = self.vcpus.first().map_or(Ok(0), Vcpu::tsc_khz)?;
-        Ok(MachineState { shape: self.machine.shape, clock_ns, tsc_khz, parked: self.parked, vcpus, devices })
+        Ok(MachineState {
+            shape: self.machine.shape,
+            clock_ns,
+            tsc_khz,
+            parking: self.parking,
+            vcpus,
+            devices,
+        })
     }
 
     /// Leaves `generation`, as `kiln_protocol::mailbox` has it, for the parked agent to find when the machine goes on.
@@ -130,7 +155,7 @@ impl<H: Hypervisor> Paused<H> {
     /// # Errors
     /// [`MailError`]
     pub fn put_mail(&mut self, generation: &[u8]) -> Result<MailId, MailError> {
-        if !self.parked {
+        if self.parking != Parking::Doorbell {
             return Err(MailError::NotParked);
         }
         let id = mailbox::put(&self.machine.memory, generation)?;
@@ -170,7 +195,7 @@ impl<H: Hypervisor> Paused<H> {
         let mut paused = Self::assemble(shell, console, observer, |ioapic, memory, console| {
             Devices::restore(console, ioapic, memory, virtio, &state.devices).map_err(RestoreError::Device)
         })?;
-        paused.parked = state.parked;
+        paused.parking = state.parking;
         paused.machine.vm.set_clock_ns(state.clock_ns)?;
         for (vcpu, state) in paused.vcpus.iter_mut().zip(&state.vcpus) {
             vcpu.restore(state)?;

@@ -10,11 +10,17 @@ use kiln_virtio::{QueueLayout, QueueProgress, QueueState, TransportState};
 use prost::Message;
 
 use crate::devices::{DevicesState, IoapicState, SerialState};
-use crate::paused::MachineState;
+use crate::paused::{MachineState, Parking};
 use crate::shell::{Shape, ShapeError};
 
-/// The version of every section's content.
-const VERSION: u32 = 1;
+/// The version of a section's content.
+fn version_of(name: &str) -> u32 {
+    match name {
+        // Since it says where an agent is parked, and not only whether.
+        "machine" => 2,
+        _ => 1,
+    }
+}
 
 /// The sections are not those of a machine. Whoever the snapshot comes from is to blame.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,7 +32,10 @@ pub enum SectionError {
     #[error("the snapshot has a section {0} that is not known")]
     Unknown(String),
     /// One is of another version.
-    #[error("the snapshot's section {name} is of version {version}; this Kiln reads version {VERSION}")]
+    #[error(
+        "the snapshot's section {name} is of version {version}; this Kiln reads version {}",
+        version_of(name)
+    )]
     Version {
         /// Which one.
         name: String,
@@ -36,6 +45,9 @@ pub enum SectionError {
     /// One is not what it should be.
     #[error("the snapshot's section {0} is malformed")]
     Malformed(String),
+    /// Its agent waits where this monitor would not look for it.
+    #[error("the snapshot's guest is parked in a way that is not known, number {0}")]
+    Parking(u32),
     /// The machine is of an impossible size.
     #[error("the snapshot's machine: {0}")]
     Shape(#[from] ShapeError),
@@ -49,7 +61,7 @@ impl MachineState {
             vcpus: self.shape.vcpus().into(),
             clock_ns: self.clock_ns,
             tsc_khz: self.tsc_khz,
-            parked: self.parked,
+            parking: number_of(self.parking),
             virtio: self.devices.virtio.len() as u32,
         };
         let mut sections = vec![section("machine".into(), &machine)];
@@ -72,6 +84,7 @@ impl MachineState {
         let mut rest = sections.iter();
         let machine: MachineMessage = next(&mut rest, "machine")?;
         let shape = Shape::new(machine.memory_mib, machine.vcpus)?;
+        let parking = parking_of(machine.parking).ok_or(SectionError::Parking(machine.parking))?;
         let mut vcpus = Vec::new();
         for index in 0..shape.vcpus() {
             let name = format!("vcpu.{index}");
@@ -92,19 +105,28 @@ impl MachineState {
             return Err(SectionError::Unknown(section.name.clone()));
         }
         let devices = DevicesState { serial, ioapic, virtio };
-        Ok(Self {
-            shape,
-            clock_ns: machine.clock_ns,
-            tsc_khz: machine.tsc_khz,
-            parked: machine.parked,
-            vcpus,
-            devices,
-        })
+        Ok(Self { shape, clock_ns: machine.clock_ns, tsc_khz: machine.tsc_khz, parking, vcpus, devices })
     }
 }
 
+/// The ways to be parked, as a section has them.
+const PARKINGS: [Parking; 3] = [Parking::None, Parking::Doorbell, Parking::Port];
+
+fn number_of(parking: Parking) -> u32 {
+    match parking {
+        Parking::None => 0,
+        Parking::Doorbell => 1,
+        Parking::Port => 2,
+    }
+}
+
+fn parking_of(number: u32) -> Option<Parking> {
+    PARKINGS.into_iter().find(|parking| number_of(*parking) == number)
+}
+
 fn section(name: String, message: &impl Message) -> Section {
-    Section { name, version: VERSION, content: message.encode_to_vec() }
+    let version = version_of(&name);
+    Section { name, version, content: message.encode_to_vec() }
 }
 
 /// The message of the next section, which must be `name`.
@@ -114,7 +136,7 @@ fn next<'a, M: Message + Default>(
 ) -> Result<M, SectionError> {
     let section = sections.next().filter(|section| section.name == name);
     let section = section.ok_or_else(|| SectionError::Missing(name.into()))?;
-    if section.version != VERSION {
+    if section.version != version_of(name) {
         return Err(SectionError::Version { name: name.into(), version: section.version });
     }
     let malformed = || SectionError::Malformed(name.into());
@@ -137,8 +159,8 @@ struct MachineMessage {
     virtio: u32,
     #[prost(uint32, tag = "5")]
     tsc_khz: u32,
-    #[prost(bool, tag = "6")]
-    parked: bool,
+    #[prost(uint32, tag = "6")]
+    parking: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -667,7 +689,7 @@ mod tests {
             shape: Shape::new(256, 2).expect("a shape"),
             clock_ns: 123_456_789,
             tsc_khz: 2_345_678,
-            parked: true,
+            parking: Parking::Port,
             vcpus: vec![vcpu.clone(), VcpuState { run_state: 1, ..vcpu }],
             devices: DevicesState {
                 serial: SerialState { divisor: [1, 2], fifo: true, scratch: 9, ..SerialState::default() },
@@ -692,9 +714,9 @@ mod tests {
             let error = MachineState::from_sections(&fewer).expect_err("refused");
             assert_eq!(error, SectionError::Missing(gone.name.clone()));
             let mut newer = sections.clone();
-            newer[index].version = 2;
+            newer[index].version += 1;
             let error = MachineState::from_sections(&newer).expect_err("refused");
-            assert_eq!(error, SectionError::Version { name: gone.name, version: 2 });
+            assert_eq!(error, SectionError::Version { name: gone.name, version: gone.version + 1 });
         }
         let mut more = sections.clone();
         more.push(Section { name: "net.0".into(), ..sections[0].clone() });
@@ -714,9 +736,25 @@ mod tests {
     }
 
     #[test]
+    fn where_an_agent_is_parked_is_kept_and_what_is_not_known_is_refused() {
+        for parking in PARKINGS {
+            let machine = MachineState { parking, ..machine() };
+            assert_eq!(MachineState::from_sections(&machine.to_sections()), Ok(machine));
+        }
+        let message =
+            MachineMessage { memory_mib: 64, vcpus: 1, clock_ns: 0, virtio: 0, tsc_khz: 0, parking: 3 };
+        let unknown = [section("machine".into(), &message)];
+        assert_eq!(MachineState::from_sections(&unknown), Err(SectionError::Parking(3)));
+        let mut old = machine().to_sections();
+        old[0].version = 1;
+        let refused = MachineState::from_sections(&old);
+        assert_eq!(refused, Err(SectionError::Version { name: "machine".into(), version: 1 }));
+    }
+
+    #[test]
     fn an_impossible_shape_is_refused() {
         let message =
-            MachineMessage { memory_mib: 63, vcpus: 1, clock_ns: 0, virtio: 0, tsc_khz: 0, parked: false };
+            MachineMessage { memory_mib: 63, vcpus: 1, clock_ns: 0, virtio: 0, tsc_khz: 0, parking: 0 };
         let sections = [section("machine".into(), &message)];
         assert_eq!(MachineState::from_sections(&sections), Err(SectionError::Shape(ShapeError::Memory(63))));
     }

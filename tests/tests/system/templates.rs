@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
 
-use kiln_tests::{Outcome, Session, busybox, kiln, kiln_run, run, script, store};
+use kiln_tests::{Outcome, Session, busybox, kiln, kiln_run, run, script, store, without_memory_device};
 use serde_json::Value;
 
 /// Runs a command and returns what came of it, and the names of the phases it went through.
@@ -69,6 +69,38 @@ fn the_second_run_is_a_restore() {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
     let told: u64 = two[2].parse().expect("seconds");
     assert!(told <= now + 1 && now - told < 600, "the guest has {told} where the host has {now}");
+}
+
+/// A user's own kernel may give the agent no doorbell: then a run boots once and is restored from then on all the same, by way of
+/// a connection. Which way it was is told.
+#[test]
+fn a_kernel_without_a_doorbell_is_restored_too() {
+    const NAMES: &str = "hostname; cat /proc/sys/kernel/random/boot_id /run/kiln/generation; head -c 16 /dev/urandom | md5sum; date +%s";
+    let kernel = without_memory_device();
+    let options = ["--kernel", kernel.path().to_str().expect("a path"), "--scratch-size", "73m"];
+    let baked = run_with_phases(&options, &["true"]);
+    baked.0.code(0);
+    assert!(has(&baked.1, "base_baked") && has(&baked.1, "template_baked"), "{:?}", baked.1);
+    let mut seen = std::collections::HashSet::new();
+    for number in 0..20 {
+        let name = format!("box-{number}");
+        let (outcome, phases) =
+            run_with_phases(&[&options[..], &["--hostname", &name]].concat(), &["sh", "-c", NAMES]);
+        outcome.code(0);
+        assert!(has(&phases, "resumed_without_doorbell") && has(&phases, "adopted"), "{phases:?}");
+        assert!(!has(&phases, "resumed") && !has(&phases, "agent_started"), "{phases:?}");
+        let out = outcome.out();
+        let lines: Vec<_> = out.lines().collect();
+        assert_eq!(lines[0], name);
+        // Once as the base and once as the template.
+        assert!(lines[2].starts_with("2 "), "{out}");
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let (now, told) = (now.expect("after 1970").as_secs(), lines[4].parse::<u64>().expect("seconds"));
+        assert!(told <= now + 1 && now - told < 60, "the guest has {told} where the host has {now}");
+        for unique in &lines[1..4] {
+            assert!(seen.insert((*unique).to_owned()), "two guests have {unique}");
+        }
+    }
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use kiln_tests::{Outcome, Session, busybox, descendants, kiln, program, store, wait_until_gone};
+use kiln_tests::{
+    Outcome, Session, busybox, descendants, kiln, program, store, wait_until_gone, without_memory_device,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -261,6 +263,35 @@ fn a_fork_is_another_machine_that_begins_where_the_first_is() {
     again.script("cat /root/file; hostname").prints("fork\nfork-of-fork\n");
     again.vm(&["stop", "--time", "1s", "fork-of-fork"]).code(0);
     again.vm(&["start", "fork-of-fork"]).code(1).complains("nothing is left to start it from");
+}
+
+/// Where the agent has no doorbell the source has to be told that it goes on as it was, and the fork who it is.
+#[test]
+fn without_a_doorbell_a_fork_is_another_machine_too() {
+    let kernel = without_memory_device();
+    let source = Vm::named(&store(), "no-doorbell");
+    let fork = Vm::named(&store(), "no-doorbell-fork");
+    let kernel = kernel.path().to_str().expect("a path");
+    let image = busybox().reference();
+    source.vm(&["create", "--name", source.name, "--kernel", kernel, &image]).code(0);
+    source.vm(&["start", source.name]).code(0);
+    source.script(COUNT).code(0);
+    let mut exec =
+        kiln(["vm", "exec", "-i", source.name, "--", "sh", "-c", "echo ready; read line; echo got $line"]);
+    let mut session = Session::start(&mut exec);
+    session.wait_for("ready");
+    source.vm(&["fork", source.name, "--name", fork.name]).code(0);
+    session.write(b"it\n");
+    session.wait_for("got it");
+    session.finish().code(0);
+    for vm in [&source, &fork] {
+        let one = vm.count();
+        vm.told(&format!("while [ $(cat /dev/shm/count) -le {one} ]; do usleep 1000; done"));
+    }
+    for script in ["hostname", "cat /proc/sys/kernel/random/boot_id", "head -c 16 /dev/urandom | md5sum"] {
+        assert_ne!(source.told(script), fork.told(script), "{script}");
+    }
+    assert_eq!(fork.told("hostname"), fork.name);
 }
 
 #[test]

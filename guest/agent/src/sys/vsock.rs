@@ -40,6 +40,20 @@ pub fn listen_on_vsock(port: u32) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
+/// Knocks at a vsock port of the host's: connects, and lets go of what comes of it. The host has heard it when this returns.
+pub fn knock(port: u32) {
+    let flags = SocketFlags::CLOEXEC;
+    let Ok(socket) = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None) else {
+        return;
+    };
+    let address =
+        Address { family: AddressFamily::VSOCK.as_raw(), port, cid: HOST_CID, ..Address::default() };
+    let arguments =
+        [socket.as_raw_fd() as usize, (&raw const address).expose_provenance(), size_of::<Address>(), 0, 0];
+    // SAFETY: the kernel reads a sockaddr_vm of the length given.
+    let _ = unsafe { syscall(arch::CONNECT, arguments) };
+}
+
 /// The next connection that waits on `listener`, or `None` when it did not come from the host and was closed.
 ///
 /// The context id is the one thing a process in the guest cannot choose: whatever a connection from inside the guest

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 pub(super) const RT_SIGACTION: usize = 13;
 pub(super) const RT_SIGPROCMASK: usize = 14;
 pub(super) const IOCTL: usize = 16;
+pub(super) const CONNECT: usize = 42;
 pub(super) const BIND: usize = 49;
 pub(super) const EXECVE: usize = 59;
 pub(super) const WAIT4: usize = 61;

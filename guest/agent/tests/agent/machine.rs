@@ -9,7 +9,8 @@ use std::os::unix::net::UnixStream;
 use kiln_agent::power::Power;
 use kiln_agent::sys::Mailbox;
 use kiln_protocol::mailbox::{ACKNOWLEDGED_AT, GENERATION_BYTES, Generation};
-use kiln_protocol::{Call, Park, power};
+use kiln_protocol::{Become, Call, Outcome, Park, Parked, Reply, power};
+use prost::Message as _;
 use rustix::fs::MemfdFlags;
 
 use crate::guest::{ANSWERED_WITHIN, Guest, Stream};
@@ -83,6 +84,26 @@ impl Machine {
     pub(crate) fn acknowledged(&self) -> [u8; 16] {
         self.mail()[ACKNOWLEDGED_AT..][..16].try_into().expect("16 bytes")
     }
+}
+
+/// Parks an agent that has no doorbell.
+pub(crate) fn park_at_port(guest: &Guest) {
+    assert_eq!(guest.call(Call::Park(Park {})), Outcome::Parked(Parked {}));
+}
+
+/// Calls at the port of an agent that is parked there; it has asked who it is.
+pub(crate) fn call_at_port(guest: &Guest) -> Stream {
+    let mut stream = guest.connect();
+    assert_eq!(stream.reply(), Outcome::Parked(Parked {}));
+    stream
+}
+
+/// Says who the guest is; what it answers, unless it hangs up.
+pub(crate) fn tell_at_port(guest: &Guest, generation: Option<Vec<u8>>) -> Option<Outcome> {
+    let mut stream = call_at_port(guest);
+    stream.request(Call::Become(Become { generation }));
+    let (_, payload) = stream.frame()?;
+    Reply::decode(payload.as_slice()).expect("a reply").outcome
 }
 
 /// A generation that tells its number everywhere, and leaves the host's clock alone.

@@ -7,14 +7,16 @@ use std::process::Command;
 
 use kiln_agent::power::Power;
 use kiln_agent::server::Fault;
-use kiln_protocol::mailbox::{ENTROPY_AT, ENTROPY_BYTES, Generation};
-use kiln_protocol::{Call, Exec, Outcome, Park, Reason, Setup, Started, power};
+use kiln_protocol::mailbox::{ENTROPY_AT, ENTROPY_BYTES, GENERATION_BYTES, Generation};
+use kiln_protocol::{
+    Became, Become, Call, Done, Exec, Hello, Outcome, Park, PowerOff, Reason, Setup, Started, power,
+};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
 use crate::guest::{Guest, Stream, exec, make_root, own_mounts, sh};
-use crate::machine::{Machine, generation};
+use crate::machine::{Machine, call_at_port, generation, park_at_port, tell_at_port};
 use crate::setup::Booted;
 
 /// Counts in a file as fast as it can, and answers what it is sent.
@@ -158,12 +160,82 @@ fn a_command_outlives_the_connection_of_an_earlier_life() {
 }
 
 #[test]
-fn what_cannot_park_says_so() {
-    let refusal = |guest: &Guest| match guest.call(Call::Park(Park {})) {
-        Outcome::Failed(failed) => failed.reason(),
-        outcome => panic!("{outcome:?}"),
-    };
-    assert_eq!(refusal(&Guest::new()), Reason::Invalid);
+fn without_a_doorbell_a_parked_guest_hears_nothing_but_who_it_is() {
+    for reaper in [false, true] {
+        let guest = Guest::bare().ready(reaper);
+        let mut running = counter(&guest);
+        let mut idle = guest.connect();
+        guest.call(Call::Hello(Hello {}));
+        park_at_port(&guest);
+        let before = count(&guest);
+        assert_eq!(idle.frame(), None);
+        for call in [
+            Call::Hello(Hello {}),
+            Call::Park(Park {}),
+            Call::PowerOff(PowerOff::default()),
+            Call::Exec(sh("echo >> /host/count")),
+            Call::Become(Become { generation: Some(Vec::new()) }),
+            Call::Become(Become { generation: Some(vec![1; GENERATION_BYTES + 1]) }),
+            // More than it takes in.
+            Call::Become(Become { generation: Some(vec![1; 1 << 16]) }),
+        ] {
+            let mut stream = call_at_port(&guest);
+            stream.request(call);
+            assert_eq!(stream.frame(), None);
+        }
+        // One that says nothing and hangs up.
+        drop(call_at_port(&guest));
+        count_elsewhere(&guest);
+        assert_eq!(count(&guest), before);
+        assert_eq!(tell_at_port(&guest, None), Some(Outcome::Done(Done {})));
+        assert_answers(&mut running);
+        assert_eq!(guest.sh("echo $HOSTNAME").text(), "box\n");
+    }
+}
+
+#[test]
+fn without_a_doorbell_a_guest_becomes_another_before_any_process_goes_on() {
+    let guest = Guest::bare().ready(true);
+    for number in 1..4 {
+        let mut running = counter(&guest);
+        park_at_port(&guest);
+        let before = count(&guest);
+        let became = tell_at_port(&guest, Some(generation(number).encode().to_vec()));
+        assert_eq!(became, Some(Outcome::Became(Became { id: vec![number; 16] })));
+        let name = format!("box-{number}\n");
+        assert_eq!(guest.sh("hostname").text(), name);
+        assert_answers(&mut running);
+        let Outcome::Welcome(welcome) = guest.call(Call::Hello(Hello {})) else { panic!("no welcome") };
+        assert_eq!(welcome.generation, u64::from(number));
+        count_elsewhere(&guest);
+        assert_ne!(count(&guest), before);
+    }
+}
+
+#[test]
+fn without_a_doorbell_a_guest_that_cannot_become_another_ends() {
+    for bad in [bad_generation(), Generation { id: [0; 16], ..generation(1) }] {
+        let mut guest = Guest::bare().ready(true);
+        let _running = counter(&guest);
+        park_at_port(&guest);
+        let before = count(&guest);
+        assert_eq!(tell_at_port(&guest, Some(bad.encode().to_vec())), None);
+        assert!(matches!(guest.join(), Err(Fault::NotAdopted(_))));
+        assert_eq!(count(&guest), before);
+    }
+}
+
+#[test]
+fn who_is_not_parked_is_not_told_who_it_is() {
+    let guest = Guest::new();
+    for generation in [None, Some(generation(1).encode().to_vec())] {
+        let outcome = guest.call(Call::Become(Become { generation }));
+        assert!(
+            matches!(&outcome, Outcome::Failed(failed) if failed.reason() == Reason::Invalid),
+            "{outcome:?}"
+        );
+    }
+    assert_eq!(guest.sh("echo $HOSTNAME").text(), "box\n");
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub struct RestoreTimes {
     pub ordered_ns: u64,
     /// The first vCPU entered the guest.
     pub entered_ns: u64,
-    /// The agent had taken its generation.
+    /// The agent had taken its generation; of one that was parked at its port, it had asked for it.
     pub resumed_ns: u64,
     /// The guest had become who its generation says.
     pub adopted_ns: u64,

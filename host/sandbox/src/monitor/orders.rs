@@ -68,6 +68,11 @@ impl Monitor {
         self.reach(|life| (life.entered > 0).then_some(life.restore)).await
     }
 
+    /// Whether the guest that was entered last waits at its port to hear who it is.
+    pub(crate) fn waits_at_port(&self) -> bool {
+        self.life.borrow().last_entered.at_port
+    }
+
     /// Waits until the agent of a parked machine has taken the generation it was given.
     ///
     /// # Errors
@@ -89,15 +94,29 @@ impl Monitor {
     /// # Errors
     /// [`MonitorError::Ended`] with how the machine ended instead.
     pub async fn pause(&self) -> Result<Duration, MonitorError> {
-        let took = self.answered(Do::Pause(Pause {}), &[], |life| (life.paused, life.pause_took_ns)).await?;
-        Ok(Duration::from_nanos(took))
+        self.pause_as(Pause { parked: false }).await
     }
 
-    /// Lets a paused machine go on, or a parked one with a generation as `kiln_protocol::mailbox` has it.
+    /// The same for a machine whose agent has said that it is parked at its port; it [has parked](Self::parked_again) then.
     ///
     /// # Errors
     /// [`MonitorError::Ended`] with how the machine ended instead.
-    pub async fn resume(&self, generation: Vec<u8>) -> Result<Entered, MonitorError> {
+    pub(crate) async fn park_at_port(&self) -> Result<Duration, MonitorError> {
+        self.pause_as(Pause { parked: true }).await
+    }
+
+    async fn pause_as(&self, pause: Pause) -> Result<Duration, MonitorError> {
+        let took = self.answered(Do::Pause(pause), &[], |life| (life.paused, life.pause_took_ns)).await?;
+        Ok(Duration::from_nanos(took))
+    }
+
+    /// Lets a paused machine go on, or one that is parked at its doorbell with a generation as `kiln_protocol::mailbox` has it.
+    /// `None` for the guest to go on as the one it was. One that is parked at its port says so ([`Entered::at_port`]), and has to
+    /// be told there.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn resume(&self, generation: Option<Vec<u8>>) -> Result<Entered, MonitorError> {
         self.answered(Do::Resume(Resume { generation }), &[], |life| (life.entered, life.last_entered)).await
     }
 

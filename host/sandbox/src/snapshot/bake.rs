@@ -285,9 +285,9 @@ async fn write(
 
 /// Has the agent park; a guest that does not is of no use.
 async fn parked(monitor: Monitor) -> Result<Monitor, VmError> {
-    match park(&monitor, 0, PARK_LIMIT).await {
-        Some(parked) => Ok(parked.map(|_| monitor)?),
-        None => Err(BakeError::ParkOverdue(monitor.stop().await).into()),
+    match tokio::time::timeout(PARK_LIMIT, park(&monitor, 0)).await {
+        Ok(parked) => Ok(parked.map(|_| monitor)?),
+        Err(_) => Err(BakeError::ParkOverdue(monitor.stop().await).into()),
     }
 }
 

@@ -26,6 +26,9 @@ pub enum SnapshotError {
     /// The monitor refused it, or its guest did not live long enough to take on its identity.
     #[error("the snapshot cannot be restored")]
     Refused(#[source] Arc<MachineEnd>),
+    /// The guest did not say, at its port, that it has taken on its identity. Its machine has been ended.
+    #[error("the guest of the snapshot did not take on its identity")]
+    NotAdopted(#[source] AgentError),
     /// The guest did not take on its identity in time.
     #[error("the guest of the snapshot did not answer in time")]
     Overdue(MachineEnd),
@@ -38,14 +41,14 @@ impl SnapshotError {
             Self::Gone => Blame::Caller,
             Self::Damaged(_) | Self::Mixed => Blame::Host,
             Self::Refused(end) => end.blame(),
-            Self::Overdue(_) => Blame::Guest,
+            Self::Overdue(_) | Self::NotAdopted(_) => Blame::Guest,
         }
     }
 
     /// Whether another snapshot in its place would help. A process that was killed, or a host too busy, says nothing of the snapshot.
     pub(crate) fn is_the_snapshots(&self) -> bool {
         match self {
-            Self::Damaged(_) | Self::Gone | Self::Mixed => true,
+            Self::Damaged(_) | Self::Gone | Self::Mixed | Self::NotAdopted(_) => true,
             Self::Refused(end) => !matches!(**end, MachineEnd::Died { .. }),
             Self::Overdue(_) => false,
         }
@@ -54,7 +57,7 @@ impl SnapshotError {
     /// How the machine ended, when that is what went wrong.
     pub fn machine_end(&self) -> Option<&MachineEnd> {
         match self {
-            Self::Damaged(_) | Self::Gone | Self::Mixed => None,
+            Self::Damaged(_) | Self::Gone | Self::Mixed | Self::NotAdopted(_) => None,
             Self::Refused(end) => Some(end),
             Self::Overdue(end) => Some(end),
         }
@@ -64,7 +67,7 @@ impl SnapshotError {
 /// Why no snapshot could be made, although its machine came up.
 #[derive(Debug, thiserror::Error)]
 pub enum BakeError {
-    /// The agent refused to park: on kernels of a user's own, for one, that do not let it reach its doorbell.
+    /// The agent refused to park, or did not go on.
     #[error("the guest cannot be saved")]
     Park(#[source] AgentError),
     /// The machine ended instead of parking.
@@ -76,6 +79,9 @@ pub enum BakeError {
     /// The agent of a machine that goes on did not park in time.
     #[error("the guest did not make itself ready to be copied in time")]
     ParkTooSlow,
+    /// The guest was parked at its port and did not hear that it goes on: it stands still.
+    #[error("the guest does not go on after it was copied")]
+    NotGoneOn(#[source] AgentError),
     /// The monitor could not write the machine to its files.
     #[error("cannot save the guest")]
     Save(#[source] MonitorError),
@@ -178,7 +184,7 @@ impl BakeError {
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Park(error) => error.blame(),
+            Self::Park(error) | Self::NotGoneOn(error) => error.blame(),
             Self::NotParked(end) => end.blame(),
             Self::ParkOverdue(_) | Self::ParkTooSlow => Blame::Guest,
             Self::Save(_) | Self::Store(_) | Self::Host { .. } => Blame::Host,
@@ -197,6 +203,7 @@ impl BakeError {
         match self {
             Self::NotParked(end)
             | Self::Park(AgentError::MachineEnded(end))
+            | Self::NotGoneOn(AgentError::MachineEnded(end))
             | Self::File { source: AgentError::MachineEnded(end), .. }
             | Self::Save(MonitorError::Ended(end)) => Some(end),
             Self::ParkOverdue(end) => Some(end),

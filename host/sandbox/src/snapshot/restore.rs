@@ -9,7 +9,8 @@ use kiln_snapshot::{Header, LoadError};
 use kiln_store::{Snapshot, SnapshotRecord, Store, StoreError};
 use rustix::time::ClockId;
 
-use super::{BakeError, Restored, SnapshotError};
+use super::{BakeError, Restored, SnapshotError, park};
+use crate::agent::AgentError;
 use crate::disk::{self, Descriptors, Disk, Scratch};
 use crate::monitor::{Monitor, MonitorError, RestoreTimes};
 use crate::vm::boot::{blocking, check_fit, clock_ns, random};
@@ -54,6 +55,7 @@ pub(super) async fn restore(
     tell: impl Fn(Phase, u64),
 ) -> Result<(Monitor, RestoreTimes), VmError> {
     check_header(snapshot)?;
+    let generation = generation(hostname)?;
     let mut descriptors = Descriptors::default();
     let order = Restore {
         state_fd: descriptors.add(&snapshot.state),
@@ -61,24 +63,50 @@ pub(super) async fn restore(
         disks: disk::describe(disks, &mut descriptors),
         console_fd: builder.console.as_ref().map(|console| descriptors.add(console)),
         cid: GUEST_CID,
-        generation: generation(hostname)?.encode().to_vec(),
+        generation: Some(generation.encode().to_vec()),
     };
     check_fit(&descriptors)?;
     let coming_up = async {
         monitor.restore(order, descriptors.as_slice()).await?;
-        let times = monitor.entered().await?;
+        let mut times = monitor.entered().await?;
         tell(Phase::MonitorSpawned, times.spawned_ns);
         tell(Phase::Entered, times.entered_ns);
-        tell(Phase::Resumed, monitor.resumed().await?.resumed_ns);
-        let times = monitor.adopted().await?;
+        if monitor.waits_at_port() {
+            park::tell(&monitor, Some(generation), || times.resumed_ns = clock_ns(ClockId::Monotonic))
+                .await
+                .map_err(NotAdopted::AtPort)?;
+            times.adopted_ns = clock_ns(ClockId::Monotonic);
+            tell(Phase::ResumedWithoutDoorbell, times.resumed_ns);
+        } else {
+            tell(Phase::Resumed, monitor.resumed().await?.resumed_ns);
+            times = monitor.adopted().await?;
+        }
         tell(Phase::Adopted, times.adopted_ns);
         Ok(times)
     };
     match tokio::time::timeout(ADOPT_LIMIT, coming_up).await {
         Ok(Ok(times)) => Ok((monitor, times)),
-        Ok(Err(MonitorError::Ended(end))) => Err(SnapshotError::Refused(end).into()),
-        Ok(Err(error)) => Err(error.into()),
+        Ok(Err(
+            NotAdopted::Monitor(MonitorError::Ended(end)) | NotAdopted::AtPort(AgentError::MachineEnded(end)),
+        )) => Err(SnapshotError::Refused(end).into()),
+        Ok(Err(NotAdopted::Monitor(error))) => Err(error.into()),
+        Ok(Err(NotAdopted::AtPort(error))) => {
+            monitor.stop().await;
+            Err(SnapshotError::NotAdopted(error).into())
+        }
         Err(_) => Err(SnapshotError::Overdue(monitor.stop().await).into()),
+    }
+}
+
+/// Why a restored guest did not take on its identity.
+enum NotAdopted {
+    Monitor(MonitorError),
+    AtPort(AgentError),
+}
+
+impl From<MonitorError> for NotAdopted {
+    fn from(error: MonitorError) -> Self {
+        Self::Monitor(error)
     }
 }
 

@@ -22,7 +22,7 @@ use super::{Machine, Times, Vm, VmError};
 use crate::GuestBundle;
 use crate::disk::{Disk, nameless_file};
 use crate::monitor::Monitor;
-use crate::snapshot::{BakeError, park, state_order};
+use crate::snapshot::{BakeError, go_on, park, state_order};
 
 /// How long a guest may take to freeze what runs in it, write out what is dirty, and park.
 const PARK_LIMIT: Duration = Duration::from_mins(2);
@@ -206,7 +206,7 @@ impl Machine {
         let asked = Instant::now();
         let parked_ns = self.park().await?;
         let written = self.write_parked(files).await;
-        let entered = self.monitor.resume(Vec::new()).await?;
+        let entered = go_on(&self.monitor).await?;
         let frozen = asked.elapsed();
         written?;
         Ok(Standstill { frozen, still: Duration::from_nanos(entered.entered_ns.saturating_sub(parked_ns)) })
@@ -240,13 +240,15 @@ impl Machine {
     /// Has the agent park, and says when it did. A guest that parks when nobody waits any more goes on at once.
     async fn park(self: &Arc<Self>) -> Result<u64, BakeError> {
         let before = self.monitor.parks();
-        if let Some(parked) = park(&self.monitor, before, PARK_LIMIT).await {
+        let machine = Arc::clone(self);
+        let mut parking = Box::pin(async move { park(&machine.monitor, before).await });
+        if let Ok(parked) = tokio::time::timeout(PARK_LIMIT, parking.as_mut()).await {
             return parked;
         }
         let machine = Arc::clone(self);
         tokio::spawn(async move {
-            if machine.monitor.parked_again(before).await.is_ok() {
-                let _ = machine.monitor.resume(Vec::new()).await;
+            if parking.await.is_ok() {
+                let _ = go_on(&machine.monitor).await;
             }
         });
         Err(BakeError::ParkTooSlow)

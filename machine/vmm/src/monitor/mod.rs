@@ -161,5 +161,6 @@ fn boot(
     let console =
         Console::new(plan.console).map_err(|error| Failure::host("cannot start the console", &error))?;
     reporter.watches(shell.memory());
+    reporter.listens(&ports);
     Ok((Machine::start(shell, &entry, console, virtio, reporter.observer())?, ports))
 }

@@ -36,7 +36,7 @@ pub(super) struct RestorePlan {
     pub(super) memory: File,
     pub(super) devices: Devices,
     pub(super) console: Option<OwnedFd>,
-    pub(super) generation: Vec<u8>,
+    pub(super) generation: Option<Vec<u8>>,
 }
 
 /// The virtio devices in the order of their windows, and the host's side of the one for streams.

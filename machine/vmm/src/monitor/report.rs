@@ -1,13 +1,16 @@
 //! Tells the host what a running machine reports.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_control::{Adopted, Booted, Channel, ChannelError, Event, Happened, Ready, Resumed};
 use kiln_memory::GuestMemory;
+use kiln_virtio::VsockPorts;
 
-use crate::clock::Nanoseconds;
+use crate::clock::{Nanoseconds, monotonic};
 use crate::devices::power;
+use crate::layout::READY_PORT;
 use crate::machine::{Notice, Observer};
 use crate::mailbox::{self, Id};
 
@@ -59,6 +62,19 @@ impl Reporter {
     /// Says where the machine's mailbox is.
     pub(super) fn watches(&self, memory: &GuestMemory) {
         self.lock().memory = Some(memory.clone());
+    }
+
+    /// Hears an agent without a doorbell knock when it listens. It is refused: that it tried is all there is to say.
+    pub(super) fn listens(self: &Arc<Self>, ports: &VsockPorts) {
+        let reporter = Arc::clone(self);
+        let is_possible = ports.listen(
+            READY_PORT,
+            Box::new(move || {
+                reporter.report(Notice::Doorbell(power::PHASE_READY, monotonic()));
+                Err(io::ErrorKind::ConnectionRefused.into())
+            }),
+        );
+        debug_assert!(is_possible, "nothing else listens");
     }
 
     /// Says which mail waits for the guest, which does not run.

@@ -16,7 +16,7 @@ use super::report::Reporter;
 use crate::console::Console;
 use crate::cpuid;
 use crate::host;
-use crate::paused::{MachineState, Paused};
+use crate::paused::{MachineState, Parking, Paused};
 use crate::shell::{Shape, Shell, ShellError};
 
 /// The version a snapshot has to have: what is in a section changes with the monitor.
@@ -52,7 +52,8 @@ pub(super) fn restore(
     let observer = reporter.observer();
     let mut paused = Paused::restore(shell, &state, console, virtio, observer)?;
     reporter.watches(paused.memory());
-    if !generation.is_empty() {
+    // Who is parked at its port is told there, by the host.
+    if let Some(generation) = generation.filter(|_| paused.parking() != Parking::Port) {
         reporter.expect(paused.put_mail(&generation)?);
     }
     Ok((paused, ports))

@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kiln_control::{
-    Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Entered, Happened, Parked,
+    Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Entered, Happened, Parked, Pause,
     Paused as PausedEvent, Portion, Resume, SaveState, Saved as SavedEvent,
 };
 use kiln_hypervisor::Kvm;
@@ -31,7 +31,7 @@ use crate::console::Console;
 use crate::control::End;
 use crate::live::Saved;
 use crate::machine::Machine;
-use crate::paused::{MachineState, Paused};
+use crate::paused::{MachineState, Parking, Paused};
 
 /// A machine and who is responsible for it.
 pub(super) struct Supervisor<'a> {
@@ -93,7 +93,9 @@ impl Supervisor<'_> {
                 machine.stop();
                 return Ok(ended(machine));
             }
-            (Do::Pause(_), State::Running(machine)) => return self.rest(machine, Some(ordered)),
+            (Do::Pause(pause), State::Running(machine)) => {
+                return self.rest(machine, Some((ordered, pause)));
+            }
             (Do::Connect(connect), state) => {
                 connect_port(&self.ports, &connect, files);
                 state
@@ -108,13 +110,11 @@ impl Supervisor<'_> {
             (Do::Start(_) | Do::Restore(_) | Do::Files(_), _) => {
                 return Err(ChannelError::Malformed("a monitor makes one machine"));
             }
-            (Do::Resume(resume), state @ State::Running(_)) if resume.generation.is_empty() => {
+            (Do::Resume(resume), state @ State::Running(_)) if resume.generation.is_none() => {
                 // It runs already.
                 let [spawned_ns, ordered_ns] = [self.reporter.spawned, ordered].map(|at| at.0);
-                send(
-                    self.channel,
-                    Happened::Entered(Entered { spawned_ns, ordered_ns, entered_ns: ordered_ns }),
-                )?;
+                let entered = Entered { spawned_ns, ordered_ns, entered_ns: ordered_ns, at_port: false };
+                send(self.channel, Happened::Entered(entered))?;
                 state
             }
             (Do::Resume(_), State::Running(_)) => {
@@ -124,17 +124,20 @@ impl Supervisor<'_> {
         Ok(ControlFlow::Continue(state))
     }
 
-    /// Stops a machine whose host asked at `ordered`, or whose guest has parked it.
-    fn rest(&self, machine: Machine<Kvm>, ordered: Option<Nanoseconds>) -> Result<Next, ChannelError> {
-        let paused = match machine.pause() {
+    /// Stops a machine whose host gave the order, at this time, or whose guest has parked it.
+    fn rest(&self, machine: Machine<Kvm>, order: Option<(Nanoseconds, Pause)>) -> Result<Next, ChannelError> {
+        let mut paused = match machine.pause() {
             Ok(paused) => paused,
             Err(machine) => return Ok(ended(machine)),
         };
         let at = monotonic();
-        if paused.is_parked() {
+        if order.is_some_and(|(_, pause)| pause.parked) {
+            paused.park_at_port();
+        }
+        if paused.parking() != Parking::None {
             send(self.channel, Happened::Parked(Parked { at_ns: at.0 }))?;
         }
-        if let Some(ordered) = ordered {
+        if let Some((ordered, _)) = order {
             send(self.channel, Happened::Paused(PausedEvent { took_ns: at.0 - ordered.0 }))?;
         }
         Ok(ControlFlow::Continue(State::Resting(paused)))
@@ -146,8 +149,9 @@ impl Supervisor<'_> {
         resume: &Resume,
         ordered: Nanoseconds,
     ) -> Result<State, ChannelError> {
-        if !resume.generation.is_empty() {
-            match paused.put_mail(&resume.generation) {
+        // Who is parked at its port is told there, by the host.
+        if let Some(generation) = resume.generation.as_ref().filter(|_| paused.parking() != Parking::Port) {
+            match paused.put_mail(generation) {
                 Ok(id) => self.reporter.expect(id),
                 Err(_) => return Err(ChannelError::Malformed("a generation that is none")),
             }
@@ -158,12 +162,13 @@ impl Supervisor<'_> {
     /// Lets a machine run that stands still.
     pub(super) fn enter(&self, paused: Paused<Kvm>, ordered: Nanoseconds) -> Result<State, ChannelError> {
         let entered = monotonic();
+        let at_port = paused.parking() == Parking::Port;
         let machine = paused.resume().map_err(|error| {
             // Without its threads the machine has ended, and so does this program.
             ChannelError::Io(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
         })?;
         let [spawned_ns, ordered_ns, entered_ns] = [self.reporter.spawned, ordered, entered].map(|at| at.0);
-        send(self.channel, Happened::Entered(Entered { spawned_ns, ordered_ns, entered_ns }))?;
+        send(self.channel, Happened::Entered(Entered { spawned_ns, ordered_ns, entered_ns, at_port }))?;
         Ok(State::Running(machine))
     }
 

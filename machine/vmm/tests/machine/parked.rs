@@ -60,7 +60,7 @@ fn save(monitor: &Monitor) -> [File; 2] {
     files
 }
 
-fn restore(files: &[File; 2], generation: Vec<u8>) -> Monitor {
+fn restore(files: &[File; 2], generation: Option<Vec<u8>>) -> Monitor {
     let monitor = Monitor::spawn();
     for mut file in files {
         file.seek(SeekFrom::Start(0)).expect("it is a file");
@@ -94,7 +94,7 @@ fn to_the_end(monitor: &Monitor) -> Vec<String> {
 #[test]
 fn a_parked_guest_goes_on_with_its_mail() {
     let monitor = parked(&parking(true));
-    monitor.order(Do::Resume(Resume { generation: generation(7) }), &no_files());
+    monitor.order(Do::Resume(Resume { generation: Some(generation(7)) }), &no_files());
     assert_eq!(to_the_end(&monitor), ["resumed", "adopted", "code 42"]);
 }
 
@@ -103,21 +103,53 @@ fn every_copy_of_a_parked_guest_takes_its_own_mail() {
     let source = parked(&parking(true));
     let files = save(&source);
     for id in 1..4 {
-        assert_eq!(to_the_end(&restore(&files, generation(id))), ["resumed", "adopted", "code 42"]);
+        assert_eq!(to_the_end(&restore(&files, Some(generation(id)))), ["resumed", "adopted", "code 42"]);
     }
-    source.order(Do::Resume(Resume { generation: generation(9) }), &no_files());
+    source.order(Do::Resume(Resume { generation: Some(generation(9)) }), &no_files());
     assert_eq!(to_the_end(&source), ["resumed", "adopted", "code 42"]);
 }
 
 #[test]
 fn a_guest_that_does_not_acknowledge_has_not_resumed() {
     let monitor = parked(&parking(false));
-    monitor.order(Do::Resume(Resume { generation: generation(7) }), &no_files());
+    monitor.order(Do::Resume(Resume { generation: Some(generation(7)) }), &no_files());
     assert_eq!(to_the_end(&monitor), ["code 42"]);
     // Nor one that has no mail.
     let monitor = parked(&parking(true));
     monitor.order(Do::Resume(Resume::default()), &no_files());
     assert_eq!(to_the_end(&monitor), ["code 42"]);
+}
+
+/// The monitor gives it no mail: its host speaks with it.
+#[test]
+fn a_guest_parked_at_its_port_is_left_to_its_host() {
+    // ring; cmp dword [0x300000], 0; je to the comparison
+    let spinning = Guest::default().ring(2).code(&[0x83, 0x3d, 0, 0, 0x30, 0, 0, 0x74, 0xf7]).halt();
+    let monitor = Monitor::start(&spinning.elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    let goes_on_at_port = |monitor: &Monitor| match monitor.event() {
+        Happened::Entered(entered) => entered.at_port,
+        other => panic!("{other:?}"),
+    };
+    monitor.order(Do::Pause(Pause { parked: true }), &no_files());
+    assert!(matches!(monitor.event(), Happened::Parked(_)));
+    assert!(matches!(monitor.event(), Happened::Paused(_)));
+    let copy = restore(&save(&monitor), Some(generation(1)));
+    assert!(goes_on_at_port(&copy));
+    for generation in [Some(generation(7)), None] {
+        monitor.order(Do::Resume(Resume { generation }), &no_files());
+        assert!(goes_on_at_port(&monitor));
+        monitor.order(Do::Pause(Pause { parked: true }), &no_files());
+        assert!(matches!(monitor.event(), Happened::Parked(_)));
+        assert!(matches!(monitor.event(), Happened::Paused(_)));
+    }
+    // Parked is what it was said to be, and not what it was once.
+    monitor.order(Do::Resume(Resume::default()), &no_files());
+    assert!(goes_on_at_port(&monitor));
+    monitor.order(Do::Pause(Pause::default()), &no_files());
+    assert!(matches!(monitor.event(), Happened::Paused(_)));
+    let failed = restore(&save(&monitor), Some(generation(1))).failed();
+    assert!(failed.message.contains("not parked"), "{failed:?}");
 }
 
 fn save_memory(monitor: &Monitor, portion: Portion, file: &File) {
@@ -144,7 +176,7 @@ fn memory_saved_ahead_and_the_rest_are_the_whole() {
         entered(&monitor);
     };
     let pause = || {
-        monitor.order(Do::Pause(Pause {}), &no_files());
+        monitor.order(Do::Pause(Pause::default()), &no_files());
         assert!(matches!(monitor.event(), Happened::Paused(_)));
     };
     // Until the guest has counted between the two, for which it may have had no time.
@@ -187,12 +219,12 @@ fn a_machine_is_paused_and_goes_on() {
     let monitor = Monitor::start(&spinning.elf());
     while !matches!(monitor.event(), Happened::Ready(_)) {}
     for _ in 0..5 {
-        monitor.order(Do::Pause(Pause {}), &no_files());
+        monitor.order(Do::Pause(Pause::default()), &no_files());
         assert!(matches!(monitor.event(), Happened::Paused(_)));
         monitor.order(Do::Resume(Resume::default()), &no_files());
         entered(&monitor);
     }
-    monitor.order(Do::Pause(Pause {}), &no_files());
+    monitor.order(Do::Pause(Pause::default()), &no_files());
     assert!(matches!(monitor.event(), Happened::Paused(_)));
     monitor.order(Do::Stop(kiln_control::Stop {}), &no_files());
     assert_eq!(monitor.ended().reason(), EndReason::Stopped);
@@ -209,7 +241,7 @@ fn a_machine_that_runs_is_saved_and_goes_on() {
     let order = SaveState { kernel: digest.clone(), initramfs: digest.clone(), memory: digest };
     monitor.order(Do::SaveState(order), &[tempfile::tempfile().expect("a file")]);
     assert_eq!(saved(&monitor).failure, "the machine's memory was not saved");
-    let copy = restore(&save(&monitor), Vec::new());
+    let copy = restore(&save(&monitor), None);
     entered(&copy);
     for monitor in [monitor, copy] {
         monitor.order(Do::Stop(kiln_control::Stop {}), &no_files());
@@ -222,7 +254,7 @@ fn paused() -> Monitor {
     let spinning = Guest::default().ring(2).code(&[0xeb, 0xfe]);
     let monitor = Monitor::start(&spinning.elf());
     while !matches!(monitor.event(), Happened::Ready(_)) {}
-    monitor.order(Do::Pause(Pause {}), &no_files());
+    monitor.order(Do::Pause(Pause::default()), &no_files());
     assert!(matches!(monitor.event(), Happened::Paused(_)));
     monitor
 }
@@ -230,9 +262,9 @@ fn paused() -> Monitor {
 #[test]
 fn only_a_parked_machine_becomes_another() {
     let monitor = paused();
-    let failed = restore(&save(&monitor), generation(1)).failed();
+    let failed = restore(&save(&monitor), Some(generation(1))).failed();
     assert!(failed.message.contains("not parked"), "{failed:?}");
-    monitor.order(Do::Resume(Resume { generation: generation(1) }), &no_files());
+    monitor.order(Do::Resume(Resume { generation: Some(generation(1)) }), &no_files());
     assert_eq!(monitor.exit().code(), Some(125));
 }
 
@@ -243,7 +275,7 @@ fn a_machine_that_runs_may_be_told_to_go_on() {
         monitor.order(Do::Resume(Resume::default()), &no_files());
         entered(&monitor);
     }
-    monitor.order(Do::Resume(Resume { generation: generation(1) }), &no_files());
+    monitor.order(Do::Resume(Resume { generation: Some(generation(1)) }), &no_files());
     assert_eq!(monitor.exit().code(), Some(125));
 }
 
@@ -256,7 +288,7 @@ fn a_state_is_of_the_instant_its_memory_was_saved_at() {
     let [memory, state, paused_state] = [(); 3].map(|()| tempfile::tempfile().expect("a file"));
     monitor.order(Do::SaveMemory(SaveMemory::default()), &[&memory]);
     assert_eq!(saved(&monitor).failure, "");
-    monitor.order(Do::Pause(Pause {}), &no_files());
+    monitor.order(Do::Pause(Pause::default()), &no_files());
     assert!(matches!(monitor.event(), Happened::Paused(_)));
     let digest = vec![1; 32];
     let order = SaveState { kernel: digest.clone(), initramfs: digest.clone(), memory: digest };
@@ -278,7 +310,7 @@ fn a_save_that_fails_says_so_and_the_machine_goes_on() {
     monitor.order(Do::SaveState(order), &[full]);
     let failure = saved(&monitor).failure;
     assert!(failure.contains("No space left"), "{failure}");
-    monitor.order(Do::Resume(Resume { generation: generation(7) }), &no_files());
+    monitor.order(Do::Resume(Resume { generation: Some(generation(7)) }), &no_files());
     assert_eq!(to_the_end(&monitor), ["resumed", "adopted", "code 42"]);
 }
 
@@ -289,7 +321,7 @@ fn a_snapshot_that_is_not_whole_is_refused() {
     let whole = std::fs::read(format!("/proc/self/fd/{}", state.as_raw_fd())).expect("read");
     let refused = |bytes: &[u8], memory: &File, part: &str| {
         let files = [file(bytes), memory.try_clone().expect("a descriptor")];
-        let failed = restore(&files, generation(1)).failed();
+        let failed = restore(&files, Some(generation(1))).failed();
         assert!(failed.message.contains(part), "{part}: {failed:?}");
         assert_eq!(failed.blame(), Blame::Caller);
     };
