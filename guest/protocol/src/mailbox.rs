@@ -25,6 +25,8 @@ pub const BYTES: usize = 0x1_0000;
 
 /// Where the acknowledgement is.
 pub const ACKNOWLEDGED_AT: usize = 16;
+/// Where the wall clock is.
+pub const REALTIME_AT: usize = 32;
 /// Where the entropy is: the agent wipes it out once it has taken the mail.
 pub const ENTROPY_AT: usize = 40;
 /// The bytes of a [`Generation`] in the mailbox, from its start; the acknowledgement lies in them, zero.
@@ -92,7 +94,7 @@ impl Generation {
         }
         Some(Self {
             id,
-            realtime_ns: u64::from_le_bytes(field(bytes, 32)),
+            realtime_ns: u64::from_le_bytes(field(bytes, REALTIME_AT)),
             entropy: field(bytes, ENTROPY_AT),
             machine_id: field(bytes, 104),
             boot_id: field(bytes, 120),

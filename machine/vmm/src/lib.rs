@@ -30,6 +30,7 @@ pub use clock::{Nanoseconds, monotonic};
 pub use console::Console;
 pub use control::End;
 pub use cpuid::class as cpu_class;
+pub use devices::power;
 pub use devices::{DeviceError, DevicesState, IoapicState, SerialState};
 pub use host::{PVM_COMMAND_LINE, is_pvm};
 pub use live::{LiveError, LiveState, Saved};

@@ -13,8 +13,10 @@ pub const GENERATION_BYTES: usize = 204;
 /// Names one life of a guest; all zeros is none.
 pub type Id = [u8; 16];
 
-const ACKNOWLEDGED: usize = 16;
-const REALTIME: usize = 32;
+/// Where the acknowledgement is in it.
+pub const ACKNOWLEDGED_AT: usize = 16;
+/// Where the wall clock is in it.
+pub const REALTIME_AT: usize = 32;
 
 /// A generation cannot be left there. Kiln is to blame, or the hypervisor.
 #[derive(Debug, thiserror::Error)]
@@ -45,15 +47,15 @@ pub(crate) fn put(memory: &GuestMemory, generation: &[u8]) -> Result<Id, MailErr
     if id == [0; 16] {
         return Err(MailError::NoId);
     }
-    mail[ACKNOWLEDGED..ACKNOWLEDGED + 16].fill(0);
-    mail[REALTIME..REALTIME + 8].copy_from_slice(&realtime().0.to_le_bytes());
+    mail[ACKNOWLEDGED_AT..ACKNOWLEDGED_AT + 16].fill(0);
+    mail[REALTIME_AT..REALTIME_AT + 8].copy_from_slice(&realtime().0.to_le_bytes());
     memory.write(MAILBOX, &mail)?;
     Ok(id)
 }
 
 /// Whether the guest has acknowledged the generation `id`.
 pub(crate) fn is_acknowledged(memory: &GuestMemory, id: Id) -> bool {
-    memory.read_array(Gpa(MAILBOX.0 + ACKNOWLEDGED as u64)) == Ok(id)
+    memory.read_array(Gpa(MAILBOX.0 + ACKNOWLEDGED_AT as u64)) == Ok(id)
 }
 
 #[cfg(test)]

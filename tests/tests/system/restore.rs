@@ -55,12 +55,36 @@ fn a_parked_guest_goes_on_as_many_others() {
     copy.hello().expect("it answers");
 }
 
-/// Monitor and agent each have the numbers of their contract.
+/// Monitor and agent each have the numbers of their contract, because neither links the other.
 #[test]
-fn monitor_and_agent_mean_the_same_mailbox() {
-    assert_eq!(layout::MAILBOX.0, mailbox::GPA);
-    assert_eq!(layout::MAILBOX_BYTES, mailbox::BYTES as u64);
-    assert_eq!(kiln_vmm::mailbox::GENERATION_BYTES, mailbox::GENERATION_BYTES);
+fn monitor_and_agent_mean_the_same_by_every_number() {
+    use kiln_protocol::power as agents;
+    use kiln_vmm::power as monitors;
+    let pairs = [
+        ("the power page", layout::POWER_PAGE.0, kiln_protocol::POWER_GPA),
+        ("the page's size", layout::WINDOW_BYTES, agents::PAGE_BYTES as u64),
+        ("the port of one who listens", layout::READY_PORT.into(), kiln_protocol::READY_PORT.into()),
+        ("off", monitors::POWER_OFF, agents::OFF as u64),
+        ("notice", monitors::NOTICE, agents::NOTICE as u64),
+        ("doorbell", monitors::DOORBELL, agents::DOORBELL as u64),
+        ("magic", monitors::MAGIC, agents::MAGIC as u64),
+        ("magic value", monitors::MAGIC_VALUE.into(), agents::MAGIC_VALUE.into()),
+        ("started", monitors::PHASE_STARTED.into(), agents::PHASE_STARTED.into()),
+        ("listening", monitors::PHASE_READY.into(), agents::PHASE_LISTENING.into()),
+        ("parked", monitors::PHASE_PARKED.into(), agents::PHASE_PARKED.into()),
+        ("resumed", monitors::PHASE_RESUMED.into(), agents::PHASE_RESUMED.into()),
+        ("adopted", monitors::PHASE_ADOPTED.into(), agents::PHASE_ADOPTED.into()),
+        ("not adopted", monitors::NOTICE_NOT_ADOPTED.into(), agents::NOTICE_NOT_ADOPTED.into()),
+        ("the mailbox", layout::MAILBOX.0, mailbox::GPA),
+        ("its size", layout::MAILBOX_BYTES, mailbox::BYTES as u64),
+        ("a generation", kiln_vmm::mailbox::GENERATION_BYTES as u64, mailbox::GENERATION_BYTES as u64),
+        ("an id", size_of::<kiln_vmm::mailbox::Id>() as u64, mailbox::ID_BYTES as u64),
+        ("its echo", kiln_vmm::mailbox::ACKNOWLEDGED_AT as u64, mailbox::ACKNOWLEDGED_AT as u64),
+        ("its clock", kiln_vmm::mailbox::REALTIME_AT as u64, mailbox::REALTIME_AT as u64),
+    ];
+    for (what, monitors, agents) in pairs {
+        assert_eq!(monitors, agents, "{what}");
+    }
 }
 
 /// What the probe rings while its registers keep their values, and when one has lost it.

@@ -4,7 +4,7 @@
 //! on a PC.
 
 mod ioapic;
-pub(crate) mod power;
+pub mod power;
 mod serial;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

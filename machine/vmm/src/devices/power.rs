@@ -3,25 +3,29 @@
 //! 32-bit registers at [`crate::layout::POWER_PAGE`]. The agent maps the page, so a store from guest user mode reaches
 //! the monitor without the guest kernel on the way. The same numbers are in `kiln_protocol::power`.
 
-const POWER_OFF: u64 = 0x0;
-const NOTICE: u64 = 0x4;
-const DOORBELL: u64 = 0x8;
-const MAGIC: u64 = 0xc;
+/// Written with a code: turn the machine off.
+pub const POWER_OFF: u64 = 0x0;
+/// Written with a code: the guest reports a failure it cannot survive.
+pub const NOTICE: u64 = 0x4;
+/// Written with a phase.
+pub const DOORBELL: u64 = 0x8;
+/// Reads as [`MAGIC_VALUE`].
+pub const MAGIC: u64 = 0xc;
 /// "KILN".
-const MAGIC_VALUE: u32 = 0x4e4c_494b;
+pub const MAGIC_VALUE: u32 = 0x4e4c_494b;
 
 /// The agent ran its first instruction.
-pub(crate) const PHASE_STARTED: u32 = 1;
+pub const PHASE_STARTED: u32 = 1;
 /// The agent listens on its port.
-pub(crate) const PHASE_READY: u32 = 2;
+pub const PHASE_READY: u32 = 2;
 /// The agent is parked: the machine is to stand still.
-pub(crate) const PHASE_PARKED: u32 = 3;
+pub const PHASE_PARKED: u32 = 3;
 /// The agent has taken its mail.
-pub(crate) const PHASE_RESUMED: u32 = 4;
+pub const PHASE_RESUMED: u32 = 4;
 /// The guest is who the mail says.
-pub(crate) const PHASE_ADOPTED: u32 = 5;
+pub const PHASE_ADOPTED: u32 = 5;
 /// A restored guest could not become who the mail says.
-pub(crate) const NOTICE_NOT_ADOPTED: u32 = 0x42;
+pub const NOTICE_NOT_ADOPTED: u32 = 0x42;
 
 /// What the guest asked for by a store to the page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
