@@ -51,7 +51,7 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
                 let start = Instant::now();
                 let (copy, standstill) = source.copy(&root).await?;
                 let copied = start.elapsed();
-                let fork = builder()?.from_copy(copy).start().await?;
+                let fork = builder()?.from_copy(copy, &image).start().await?;
                 let made = start.elapsed();
                 succeed(&fork, &["true"]).await?;
                 let ran = start.elapsed();

@@ -62,13 +62,18 @@ pub(crate) fn named_snapshot(store: &Store, name: &str) -> Result<Option<(Snapsh
 }
 
 /// Has the machine made from the snapshot that its user named.
-pub(crate) fn from_snapshot(builder: VmBuilder, store: &Store, record: SnapshotRecord) -> VmBuilder {
+pub(crate) fn from_snapshot(
+    builder: VmBuilder,
+    store: &Store,
+    record: SnapshotRecord,
+    image: &Image,
+) -> VmBuilder {
     let scratch = match record.scratch {
         // Its size is that of the snapshot's disk.
         Some(_) => Scratch::Disk { folder: store.root().to_owned(), size_bytes: 0 },
         None => Scratch::Memory,
     };
-    builder.scratch(scratch).from_snapshot(store, record)
+    builder.scratch(scratch).from_snapshot(store, record, image)
 }
 
 /// Has the machine made from a snapshot, and says what that takes where it takes long.

@@ -85,7 +85,7 @@ async fn start(
     let builder = machine::builder(context, &args.machine, &store, &image, events)?;
     let mut builder = console(context, builder)?.hostname(hostname).working_directory(&launch.workdir);
     if let Some(record) = named {
-        builder = machine::from_snapshot(builder, &store, record);
+        builder = machine::from_snapshot(builder, &store, record, &image);
     } else if !args.no_snapshot {
         builder = machine::with_snapshots(context, builder, &store, &image, spinner.clone());
     }

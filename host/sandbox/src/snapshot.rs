@@ -17,7 +17,7 @@ mod restore;
 mod service;
 
 use kiln_oci::Image;
-use kiln_store::{Snapshot, SnapshotImage, SnapshotRecord, Store};
+use kiln_store::{Session, Snapshot, SnapshotImage, SnapshotRecord, Store, StoreError};
 use kiln_support::digest::{Digest, Hasher};
 
 pub(crate) use content::Content;
@@ -28,8 +28,27 @@ pub use restore::verify;
 
 use crate::disk::Disk;
 use crate::monitor::{Monitor, RestoreTimes};
+use crate::vm::boot::blocking;
 use crate::vm::{VmBuilder, VmError};
 use key::Keys;
+
+/// Starts writing to a store, which may have to wait for one that collects what is in it.
+pub(crate) async fn session(store: &Store) -> Result<Session, BakeError> {
+    let store = store.clone();
+    blocking(move || store.session()).await.map_err(BakeError::Store)
+}
+
+/// Opens a snapshot, which may have to wait likewise.
+async fn open(store: &Store, key: &Digest) -> Result<Option<Snapshot>, StoreError> {
+    let (store, key) = (store.clone(), *key);
+    blocking(move || store.open_snapshot(&key)).await
+}
+
+/// Makes a snapshot known, after all it is made of, which may have to wait likewise.
+pub(crate) async fn put(session: &Session, record: &SnapshotRecord) -> Result<(), BakeError> {
+    let (session, record) = (session.clone(), record.clone());
+    blocking(move || session.put_snapshot(&record)).await.map_err(BakeError::Store)
+}
 
 /// A machine that was made from a snapshot.
 pub(crate) struct Restored {
@@ -46,20 +65,25 @@ pub(crate) struct Restored {
 pub(crate) struct Snapshots {
     store: Store,
     image: SnapshotImage,
-    /// The digest over the image's objects.
+    /// As [`root_of`] has it.
     content: Digest,
+}
+
+/// The digest over the objects that an image's disk is made of.
+pub(crate) fn root_of(image: &Image) -> Digest {
+    let mut root = Hasher::new();
+    for object in image.objects() {
+        root.update(object.0.as_bytes());
+    }
+    root.finish()
 }
 
 impl Snapshots {
     pub(crate) fn new(store: &Store, image: &Image) -> Self {
-        let mut content = Hasher::new();
-        for object in image.objects() {
-            content.update(object.0.as_bytes());
-        }
         Self {
             store: store.clone(),
             image: SnapshotImage { reference: image.name.clone(), manifest: image.digest },
-            content: content.finish(),
+            content: root_of(image),
         }
     }
 }
@@ -92,7 +116,7 @@ pub(crate) async fn start(builder: &VmBuilder, snapshots: &Snapshots) -> Result<
             let template = bake::template(builder, snapshots, &keys, Some(&template.record)).await?;
             // What was refused has no use any more; if it cannot be removed now, the next collection will.
             let store = snapshots.store.clone();
-            let _ = crate::vm::boot::blocking(move || store.collect()).await;
+            let _ = blocking(move || store.collect()).await;
             restore::machine(builder, &template).await
         }
         outcome => outcome,
@@ -105,7 +129,7 @@ pub(crate) async fn start_from(
     store: &Store,
     record: &SnapshotRecord,
 ) -> Result<Restored, VmError> {
-    let snapshot = store.open_snapshot(&record.key).map_err(BakeError::Store)?;
+    let snapshot = open(store, &record.key).await.map_err(BakeError::Store)?;
     restore::machine(builder, &snapshot.ok_or(SnapshotError::Gone)?).await
 }
 
@@ -126,7 +150,6 @@ pub(crate) async fn bake(
         return Ok(record);
     }
     let record = SnapshotRecord { name, ..record };
-    let session = snapshots.store.session().map_err(BakeError::Store)?;
-    session.put_snapshot(&record).map_err(BakeError::Store)?;
+    put(&session(&snapshots.store).await?, &record).await?;
     Ok(record)
 }

@@ -55,6 +55,10 @@ pub struct SnapshotRecord {
     /// The image that is mounted in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<SnapshotImage>,
+    /// The digest over the names of the objects that the image's disk is made of: the guest knows that disk and no other, such as
+    /// one that a later version makes of the same image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<Digest>,
     /// The command that runs in it, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,

@@ -75,12 +75,12 @@ async fn start(
         }),
         Origin::Snapshot { key } => {
             let record = store.snapshot(key)?.ok_or(kiln::VmError::Snapshot(SnapshotError::Gone))?;
-            builder.from_snapshot(&store, record)
+            builder.from_snapshot(&store, record, &image)
         }
         Origin::Fork { of } => {
             let (copy, standstill) = machines.reach(of)?.copy().await?;
             forked = Some(standstill);
-            builder.from_copy(copy)
+            builder.from_copy(copy, &image)
         }
     };
     Ok((builder.start().await?, life, store, forked))

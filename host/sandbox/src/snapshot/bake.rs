@@ -94,7 +94,7 @@ async fn find_or_lock(
     key: &Digest,
     refused: Option<&SnapshotRecord>,
 ) -> Result<Found, VmError> {
-    if let Some(found) = find(store, key, refused)? {
+    if let Some(found) = find(store, key, refused).await? {
         return Ok(Found::Snapshot(Box::new(found)));
     }
     let lock = if let Some(lock) = store.try_bake_lock(key).map_err(BakeError::Store)? {
@@ -105,19 +105,19 @@ async fn find_or_lock(
         blocking(move || store.bake_lock(&key)).await.map_err(BakeError::Store)?
     };
     // Who had the lock before may have made it.
-    Ok(match find(store, key, refused)? {
+    Ok(match find(store, key, refused).await? {
         Some(found) => Found::Snapshot(Box::new(found)),
         None => Found::Lock(lock),
     })
 }
 
 /// The snapshot with this key, unless it is the one that was refused.
-fn find(
+async fn find(
     store: &Store,
     key: &Digest,
     refused: Option<&SnapshotRecord>,
 ) -> Result<Option<Snapshot>, BakeError> {
-    match store.open_snapshot(key) {
+    match super::open(store, key).await {
         Ok(found) => Ok(found.filter(|found| Some(&found.record) != refused)),
         // A record that cannot be read stands for nothing: it is written anew.
         Err(StoreError::Damaged { .. }) => Ok(None),
@@ -127,7 +127,7 @@ fn find(
 
 /// Boots a guest with disks that nothing is behind, and saves it.
 async fn bake_base(builder: &VmBuilder, store: &Store, key: &Digest) -> Result<Snapshot, VmError> {
-    let session = store.session().map_err(BakeError::Store)?;
+    let session = super::session(store).await?;
     let (kernel, initramfs) = builder.guest.digests().map_err(|source| BakeError::Host {
         action: "read",
         what: "the guest's kernel and initramfs".into(),
@@ -137,7 +137,7 @@ async fn bake_base(builder: &VmBuilder, store: &Store, key: &Digest) -> Result<S
     let (monitor, _) = boot::boot(builder, &[&disks[0], &disks[1]], |_, _| {}).await?;
     let record = Recipe { key: *key, kind: SnapshotKind::Base, kernel, initramfs };
     let record = save(builder, &session, monitor, record, None).await?;
-    finish(&session, &record)
+    finish(&session, &record).await
 }
 
 /// Restores the base with the image's disk, makes it ready for commands, runs the warm-ups, and saves it.
@@ -148,7 +148,7 @@ async fn bake_template(
     base: &Snapshot,
 ) -> Result<Snapshot, VmError> {
     builder.tell_bake(Bake::BakingTemplate);
-    let session = snapshots.store.session().map_err(BakeError::Store)?;
+    let session = super::session(&snapshots.store).await?;
     let (draft, scratch) = scratch(builder, &session).await?;
     let monitor = builder.spawn_monitor()?;
     let (monitor, _) =
@@ -180,13 +180,14 @@ async fn bake_template(
     // One that takes the place of another is called as that was.
     let before = snapshots.store.snapshot(&keys.template).ok().flatten();
     let (name, image) = (before.and_then(|before| before.name), Some(snapshots.image.clone()));
-    finish(&session, &SnapshotRecord { name, scratch, service, image, ..record })
+    let root = Some(snapshots.content);
+    finish(&session, &SnapshotRecord { name, scratch, service, image, root, ..record }).await
 }
 
 /// Puts the record, after all it names, and opens what it stands for while the session still keeps it.
-fn finish(session: &Session, record: &SnapshotRecord) -> Result<Snapshot, VmError> {
-    session.put_snapshot(record).map_err(BakeError::Store)?;
-    let opened = session.store().open_snapshot(&record.key).map_err(BakeError::Store)?;
+async fn finish(session: &Session, record: &SnapshotRecord) -> Result<Snapshot, VmError> {
+    super::put(session, record).await?;
+    let opened = super::open(session.store(), &record.key).await.map_err(BakeError::Store)?;
     let missing = || StoreError::Missing { what: format!("snapshot {}", record.key) };
     Ok(opened.ok_or_else(missing).map_err(BakeError::Store)?)
 }
@@ -255,6 +256,7 @@ async fn save(
         kind,
         name: None,
         image: None,
+        root: None,
         service: None,
         memory,
         state,

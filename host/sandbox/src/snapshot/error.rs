@@ -20,9 +20,12 @@ pub enum SnapshotError {
     /// It, or something it is made of, is not in the store any more.
     #[error("the snapshot is gone")]
     Gone,
-    /// Its state is not that of the machine its record says.
-    #[error("the snapshot is damaged: its state is another machine's")]
+    /// Its parts, or what the machine is to have, are not of one machine: its state, its memory, its scratch disk or the lack of one.
+    #[error("the snapshot is damaged: its parts are of different machines")]
     Mixed,
+    /// The image's disk is not the one that its guest has mounted.
+    #[error("the snapshot was made of another conversion of its image")]
+    OtherRoot,
     /// The monitor refused it, or its guest did not live long enough to take on its identity.
     #[error("the snapshot cannot be restored")]
     Refused(#[source] Arc<MachineEnd>),
@@ -38,7 +41,7 @@ impl SnapshotError {
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Gone => Blame::Caller,
+            Self::Gone | Self::OtherRoot => Blame::Caller,
             Self::Damaged(_) | Self::Mixed => Blame::Host,
             Self::Refused(end) => end.blame(),
             Self::Overdue(_) | Self::NotAdopted(_) => Blame::Guest,
@@ -48,7 +51,7 @@ impl SnapshotError {
     /// Whether another snapshot in its place would help. A process that was killed, or a host too busy, says nothing of the snapshot.
     pub(crate) fn is_the_snapshots(&self) -> bool {
         match self {
-            Self::Damaged(_) | Self::Gone | Self::Mixed | Self::NotAdopted(_) => true,
+            Self::Damaged(_) | Self::Gone | Self::Mixed | Self::OtherRoot | Self::NotAdopted(_) => true,
             Self::Refused(end) => !matches!(**end, MachineEnd::Died { .. }),
             Self::Overdue(_) => false,
         }
@@ -57,7 +60,7 @@ impl SnapshotError {
     /// How the machine ended, when that is what went wrong.
     pub fn machine_end(&self) -> Option<&MachineEnd> {
         match self {
-            Self::Damaged(_) | Self::Gone | Self::Mixed | Self::NotAdopted(_) => None,
+            Self::Damaged(_) | Self::Gone | Self::Mixed | Self::OtherRoot | Self::NotAdopted(_) => None,
             Self::Refused(end) => Some(end),
             Self::Overdue(end) => Some(end),
         }

@@ -21,6 +21,11 @@ const ADOPT_LIMIT: Duration = Duration::from_mins(2);
 
 /// Makes the machine that the builder describes from the template it is to be made from.
 pub(super) async fn machine(builder: &VmBuilder, template: &Snapshot) -> Result<Restored, VmError> {
+    if template.scratch.is_some() != template.record.scratch.is_some()
+        || template.scratch.is_some() != matches!(builder.scratch, Scratch::Disk { .. })
+    {
+        return Err(SnapshotError::Mixed.into());
+    }
     // The process starts while the disk is copied.
     let monitor = builder.spawn_monitor()?;
     let scratch = match (&builder.scratch, &template.scratch) {
@@ -33,8 +38,7 @@ pub(super) async fn machine(builder: &VmBuilder, template: &Snapshot) -> Result<
             })?;
             blocking(move || disk::scratch_copy(&folder, &from)).await?
         }
-        (Scratch::Disk { .. }, None) => return Err(SnapshotError::Mixed.into()),
-        (Scratch::Memory | Scratch::ReadOnly, _) => Disk::placeholder(false),
+        _ => Disk::placeholder(false),
     };
     let hostname = builder.hostname_for_guest();
     let (monitor, times) =
@@ -171,6 +175,50 @@ pub fn verify(store: &Store, record: &SnapshotRecord) -> Result<(), VmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{BuiltIn, GuestBundle, MonitorProgram, Vm};
+    use kiln_store::{ObjectId, SnapshotKind};
+    use kiln_support::digest::Digest;
+
+    #[tokio::test]
+    async fn a_scratch_disk_that_is_not_the_snapshots_is_mixed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = || tempfile::tempfile().expect("a file");
+        let disk = Scratch::Disk { folder: folder.path().into(), size_bytes: 0 };
+        let name = Digest::EMPTY;
+        for (asked, recorded, there) in [
+            (Scratch::Memory, true, true),
+            (Scratch::ReadOnly, true, true),
+            (disk.clone(), false, false),
+            (disk.clone(), true, false),
+            (disk, false, true),
+        ] {
+            let record = SnapshotRecord {
+                key: name,
+                kind: SnapshotKind::Saved,
+                name: None,
+                image: None,
+                root: None,
+                service: None,
+                memory: ObjectId(name),
+                state: name,
+                scratch: recorded.then_some(ObjectId(name)),
+                memory_mib: 64,
+                vcpus: 1,
+                kernel: name,
+                initramfs: name,
+                created_unix_s: 0,
+            };
+            let scratch = there.then(file);
+            let template = Snapshot { record, memory: file(), state: file(), scratch };
+            let part = || BuiltIn { bytes: b"", sha256: name };
+            let guest = GuestBundle::built_in(part(), part());
+            // No monitor is started for it.
+            let nothing = MonitorProgram::at("/nonexistent");
+            let builder = Vm::builder(guest, Disk::placeholder(true)).scratch(asked).monitor_program(nothing);
+            let refused = machine(&builder, &template).await;
+            assert!(matches!(refused, Err(VmError::Snapshot(SnapshotError::Mixed))));
+        }
+    }
 
     #[test]
     fn every_generation_is_another() {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kiln_oci::Image;
 use kiln_protocol::Setup;
 use kiln_store::{SnapshotImage, SnapshotRecord, Store};
+use kiln_support::digest::Digest;
 use rustix::time::ClockId;
 
 use super::boot::{self, clock_ns};
@@ -15,7 +16,7 @@ use super::{MEMORY_MIN_MIB, Phase, Times, VCPUS_MAX, Vm, VmError};
 use crate::GuestBundle;
 use crate::disk::{Disk, Scratch};
 use crate::monitor::{LineListener, Monitor, MonitorProgram};
-use crate::snapshot::{self, Bake, Content, Restored, Snapshots};
+use crate::snapshot::{self, Bake, Content, Restored, SnapshotError, Snapshots};
 
 type PhaseObserver = Arc<dyn Fn(Phase, u64) + Send + Sync>;
 type BakeObserver = Arc<dyn Fn(Bake<'_>) + Send + Sync>;
@@ -46,6 +47,7 @@ pub struct VmBuilder {
     snapshots: Option<Snapshots>,
     source: Option<Source>,
     image: Option<SnapshotImage>,
+    root_objects: Option<Digest>,
     pub(crate) content: Content,
 }
 
@@ -70,6 +72,7 @@ impl VmBuilder {
             snapshots: None,
             source: None,
             image: None,
+            root_objects: None,
             content: Content::default(),
         }
     }
@@ -159,26 +162,26 @@ impl VmBuilder {
         self.image(image)
     }
 
-    /// Has the machine made from this snapshot and no other, which the root disk must be the image of. Its memory, vCPUs and
+    /// Has the machine made from this snapshot and no other; `image` is what the root disk is of, which must be what the snapshot
+    /// was made of, to the last object. Its memory, vCPUs and
     /// set-up are the snapshot's, whatever is asked for here; a scratch disk is asked for when the snapshot has one.
-    pub fn from_snapshot(mut self, store: &Store, record: SnapshotRecord) -> Self {
-        self.image.clone_from(&record.image);
+    pub fn from_snapshot(mut self, store: &Store, record: SnapshotRecord, image: &Image) -> Self {
         self.source = Some(Source::Store(store.clone(), record));
-        self
+        self.image(image)
     }
 
-    /// Has the machine made from a copy of another, which the root disk must be the image of: it becomes one of its own, with
+    /// Has the machine made from a copy of another of the same `image`: it becomes one of its own, with
     /// a copy of the other's disk. The same holds as for [`from_snapshot`](Self::from_snapshot).
-    pub fn from_copy(mut self, copy: MachineCopy) -> Self {
-        self.image.clone_from(&copy.0.record.image);
+    pub fn from_copy(mut self, copy: MachineCopy, image: &Image) -> Self {
         self.source = Some(Source::Copy(copy));
-        self
+        self.image(image)
     }
 
     /// What image the root disk is of, for snapshots that are made of the machine. [`snapshots`](Self::snapshots) and the sources
     /// above say it too.
     pub fn image(mut self, image: &Image) -> Self {
         self.image = Some(SnapshotImage { reference: image.name.clone(), manifest: image.digest });
+        self.root_objects = Some(snapshot::root_of(image));
         self
     }
 
@@ -198,10 +201,12 @@ impl VmBuilder {
         self.check_shape()?;
         match &self.source {
             Some(Source::Store(store, record)) => {
+                self.check_root(record)?;
                 let restored = snapshot::start_from(&self, store, record).await?;
                 return Ok(self.restored(restored));
             }
             Some(Source::Copy(copy)) => {
+                self.check_root(copy.record())?;
                 let restored = snapshot::start_from_copy(&self, &copy.0).await?;
                 return Ok(self.restored(restored));
             }
@@ -223,13 +228,14 @@ impl VmBuilder {
         let monitor = boot::set_up(monitor, self.setup(), &self.hostname).await?;
         self.tell(Phase::SetupDone, clock_ns(ClockId::Monotonic));
         let guest = Guest::Booted { bundle: self.guest, memory_mib: self.memory_mib, vcpus: self.vcpus };
-        let origin = Origin { guest, image: self.image, scratch };
+        let origin = Origin { guest, image: self.image, root: self.root_objects, scratch };
         Ok(Vm::new(monitor, origin, Times::Boot(times)))
     }
 
     fn restored(self, restored: Restored) -> Vm {
         let Restored { monitor, times, scratch, record } = restored;
-        let origin = Origin { guest: Guest::Restored(Box::new(record)), image: self.image, scratch };
+        let guest = Guest::Restored(Box::new(record));
+        let origin = Origin { guest, image: self.image, root: self.root_objects, scratch };
         Vm::new(monitor, origin, Times::Restore(times))
     }
 
@@ -298,6 +304,11 @@ impl VmBuilder {
         }
     }
 
+    /// Refuses a snapshot of a guest that knows another root disk.
+    fn check_root(&self, record: &SnapshotRecord) -> Result<(), SnapshotError> {
+        if record.root == self.root_objects { Ok(()) } else { Err(SnapshotError::OtherRoot) }
+    }
+
     fn check_shape(&self) -> Result<(), VmError> {
         if self.memory_mib < MEMORY_MIN_MIB {
             return Err(VmError::Shape(format!(
@@ -309,5 +320,43 @@ impl VmBuilder {
             return Err(VmError::Shape(format!("{} vCPUs where 1 to {VCPUS_MAX} are possible", self.vcpus)));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::BuiltIn;
+    use kiln_store::{ObjectId, SnapshotKind};
+
+    #[test]
+    fn a_snapshot_of_another_conversion_of_the_image_is_refused() {
+        let [name, other] = ["one", "other"].map(Digest::of);
+        let part = || BuiltIn { bytes: b"", sha256: name };
+        let builder = |root_objects| VmBuilder {
+            root_objects,
+            ..Vm::builder(GuestBundle::built_in(part(), part()), Disk::placeholder(true))
+        };
+        let record = |root| SnapshotRecord {
+            key: name,
+            kind: SnapshotKind::Saved,
+            name: None,
+            image: None,
+            root,
+            service: None,
+            memory: ObjectId(name),
+            state: name,
+            scratch: None,
+            memory_mib: 64,
+            vcpus: 1,
+            kernel: name,
+            initramfs: name,
+            created_unix_s: 0,
+        };
+        for (of, recorded) in [(Some(name), Some(other)), (Some(name), None), (None, Some(name))] {
+            let refused = builder(of).check_root(&record(recorded));
+            assert!(matches!(refused, Err(SnapshotError::OtherRoot)), "{of:?} {recorded:?}");
+        }
+        assert!(builder(Some(name)).check_root(&record(Some(name))).is_ok());
     }
 }

@@ -22,7 +22,7 @@ use super::{Machine, Times, Vm, VmError};
 use crate::GuestBundle;
 use crate::disk::{Disk, nameless_file};
 use crate::monitor::Monitor;
-use crate::snapshot::{BakeError, go_on, park, state_order};
+use crate::snapshot::{self, BakeError, go_on, park, state_order};
 
 /// How long a guest may take to freeze what runs in it, write out what is dirty, and park.
 const PARK_LIMIT: Duration = Duration::from_mins(2);
@@ -32,6 +32,8 @@ const PARK_LIMIT: Duration = Duration::from_mins(2);
 pub(crate) struct Origin {
     pub(crate) guest: Guest,
     pub(crate) image: Option<SnapshotImage>,
+    /// What its root disk is made of.
+    pub(crate) root: Option<Digest>,
     pub(crate) scratch: Disk,
 }
 
@@ -138,13 +140,14 @@ impl Machine {
         store: &Store,
         name: Option<String>,
     ) -> Result<(SnapshotRecord, Standstill), VmError> {
-        let session = store.session().map_err(BakeError::Store)?;
+        let session = snapshot::session(store).await?;
         // What is restored needs the image, and from the record on the store keeps it.
-        if let Some(image) = &self.origin.image
-            && session.use_image(&image.manifest).map_err(BakeError::Store)?.is_none()
-        {
-            let what = format!("the machine's image {}", image.reference);
-            return Err(BakeError::Store(StoreError::Missing { what }).into());
+        if let Some(image) = &self.origin.image {
+            let (session, manifest) = (session.clone(), image.manifest);
+            if blocking(move || session.use_image(&manifest)).await.map_err(BakeError::Store)?.is_none() {
+                let what = format!("the machine's image {}", image.reference);
+                return Err(BakeError::Store(StoreError::Missing { what }).into());
+            }
         }
         let memory = session.new_draft().map_err(BakeError::Store)?;
         let scratch =
@@ -167,7 +170,7 @@ impl Machine {
             None => None,
         };
         let record = SnapshotRecord { key: key(&state, scratch), name, state, scratch, ..record };
-        session.put_snapshot(&record).map_err(BakeError::Store)?;
+        snapshot::put(&session, &record).await?;
         Ok((record, standstill))
     }
 
@@ -278,6 +281,7 @@ impl Machine {
             kind: SnapshotKind::Saved,
             name: None,
             image: self.origin.image.clone(),
+            root: self.origin.root,
             service,
             memory,
             state: Digest::EMPTY,

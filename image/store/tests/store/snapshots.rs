@@ -23,6 +23,7 @@ fn put_memory(session: &Session, seed: u64) -> Result<ObjectId, StoreError> {
 /// A template of an image, whose parts are not in the store yet.
 pub(crate) fn snapshot_of(image: &ImageRecord, seed: u64) -> SnapshotRecord {
     SnapshotRecord {
+        root: Some(Digest::of("root")),
         key: Digest::of(format!("key {seed}")),
         kind: SnapshotKind::Template,
         name: None,
