@@ -1,4 +1,4 @@
-//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|snapshot|fork|pull|rootfs|io [--runs N] [--firecracker PROGRAM] [--json FILE]`.
+//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|snapshot|fork|pool|pull|rootfs|io [--runs N] [--firecracker PROGRAM] [--json FILE]`.
 //!
 //! Both sides of a comparison are interleaved in one run, because machines are shared and noisy; each figure says what
 //! clock it is by its name. A missing input is a failure.
@@ -10,6 +10,7 @@ mod firecracker;
 mod fork;
 mod host;
 mod io;
+mod pool;
 mod pull;
 mod report;
 mod restore;
@@ -22,7 +23,7 @@ use anyhow::{Context as _, Result, bail};
 
 use report::Report;
 
-const USAGE: &str = "usage: cargo xtask bench boot|restore|snapshot|fork|pull|rootfs|io [--runs N] [--firecracker PROGRAM] [--json FILE]";
+const USAGE: &str = "usage: cargo xtask bench boot|restore|snapshot|fork|pool|pull|rootfs|io [--runs N] [--firecracker PROGRAM] [--json FILE]";
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -43,6 +44,7 @@ fn main() -> Result<()> {
         "restore" => restore::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "snapshot" => snapshot::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "fork" => fork::run(&mut report, runs.unwrap_or(50))?,
+        "pool" => pool::run(&mut report, runs.unwrap_or(50))?,
         "pull" => pull::run(&mut report, runs.unwrap_or(10))?,
         "rootfs" => rootfs::run(&mut report, runs.unwrap_or(10))?,
         "io" => io::run(&mut report, runs.unwrap_or(20))?,

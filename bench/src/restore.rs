@@ -163,7 +163,7 @@ fn milliseconds(since: Instant) -> f64 {
 }
 
 /// Another life for each run.
-fn generation(run: u64) -> Generation {
+pub(crate) fn generation(run: u64) -> Generation {
     let mut id = [1; 16];
     id[..8].copy_from_slice(&(run + 1).to_le_bytes());
     Generation {

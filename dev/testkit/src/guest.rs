@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use kiln_hypervisor::{Hypervisor as _, Kvm};
+use kiln_memory::Gpa;
 use kiln_protocol::frame::{self, Kind};
 use kiln_protocol::mailbox::Generation;
 use kiln_protocol::{
@@ -39,6 +40,14 @@ pub struct Guest {
 
 /// A guest whose agent is parked.
 pub struct Parked {
+    paused: Paused<Kvm>,
+    ports: VsockPorts,
+    console: Console,
+    rung: mpsc::Receiver<(u32, Instant)>,
+}
+
+/// A parked guest whose way to its first answer has been walked.
+pub struct InWait {
     paused: Paused<Kvm>,
     ports: VsockPorts,
     console: Console,
@@ -277,6 +286,57 @@ impl Guest {
     }
 }
 
+impl InWait {
+    /// Writes to as many pages from 16 MiB on what they have, so that they are the machine's own.
+    ///
+    /// # Errors
+    /// When it has fewer.
+    pub fn write_pages(&self, pages: u64) -> Result<()> {
+        for page in 0..pages {
+            let at = Gpa((16 << 20) + page * 4096);
+            let memory = self.paused.memory();
+            memory.write(at, &memory.read_array::<8>(at)?)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the guest go on as another; how long it took to acknowledge, and from there to become it.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn claim(mut self, generation: &Generation) -> Result<(Guest, [Duration; 2])> {
+        let start = Instant::now();
+        self.paused.put_mail(&generation.encode())?;
+        let Self { paused, ports, console, rung } = self;
+        let guest = Guest { machine: paused.resume()?, ports, console, rung };
+        let resumed = guest.wait_for(power::PHASE_RESUMED)?;
+        let adopted = guest.wait_for(power::PHASE_ADOPTED)?;
+        Ok((guest, [resumed - start, adopted - resumed]))
+    }
+
+    /// Saves the guest.
+    ///
+    /// # Errors
+    /// When it cannot be saved.
+    pub fn save(mut self) -> Result<Saved> {
+        Saved::of(&mut self.paused)
+    }
+}
+
+impl Guest {
+    /// Ends the guest and has the next of `saved` wait in its machine, whatever this one has done to it; how long that took.
+    ///
+    /// # Errors
+    /// When it has ended, or `saved` cannot be restored there.
+    pub fn recycle(self, saved: &Saved) -> Result<(InWait, Duration)> {
+        let start = Instant::now();
+        let paused =
+            self.machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
+        let next = saved.wait_in(paused.into_shell()?)?;
+        Ok((next, start.elapsed()))
+    }
+}
+
 impl Parked {
     /// Saves the guest.
     ///
@@ -381,6 +441,29 @@ impl Saved {
             adopted: adopted - resumed,
         };
         Ok((guest, took))
+    }
+
+    /// A parked guest that waits: restored into a machine of its own, and rehearsed.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn in_wait(&self) -> Result<InWait> {
+        let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
+        let shape = MachineState::from_sections(&sections)?.shape;
+        self.wait_in(Shell::create(&Kvm::open()?, shape)?)
+    }
+
+    /// The same in a shell that there is.
+    fn wait_in(&self, shell: Shell<Kvm>) -> Result<InWait> {
+        let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
+        let state = MachineState::from_sections(&sections)?;
+        shell.memory().overlay(&self.memory)?;
+        let console = Console::new(None)?;
+        let (devices, ports) = devices();
+        let (observer, _, rung) = phases();
+        let mut paused = Paused::restore(shell, &state, console.clone(), devices, observer)?;
+        paused.rehearse()?;
+        Ok(InWait { paused, ports, console, rung })
     }
 
     /// A machine like the saved one that stands still, and when there was a shell for it.

@@ -1,7 +1,7 @@
 //! What the agent tells the monitor without words: that it runs, that it listens, that it is parked, that the machine is
 //! to end.
 
-use kiln_protocol::{READY_PORT, power};
+use kiln_protocol::{READY_PORT, mailbox, power};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -79,13 +79,17 @@ impl Power {
     #[inline(never)]
     pub(crate) fn park(&self, taken: &mut Taken) -> bool {
         let Some(mailbox) = &self.mailbox else { return false };
-        self.ring(power::PHASE_PARKED);
-        taken.ticks = sys::ticks();
-        let has_mail = mailbox.take(&mut taken.mail);
-        if has_mail {
-            self.ring(power::PHASE_RESUMED);
+        loop {
+            self.ring(power::PHASE_PARKED);
+            taken.ticks = sys::ticks();
+            if !mailbox.take(&mut taken.mail) {
+                return false;
+            }
+            if !is_rehearsal(&taken.mail) {
+                self.ring(power::PHASE_RESUMED);
+                return true;
+            }
         }
-        has_mail
     }
 
     /// Rings the doorbell with a phase of [`power`].
@@ -112,6 +116,12 @@ impl Power {
             Bell::Socket(socket) => store(socket, register, value),
         }
     }
+}
+
+/// Whether the mail is one to be acknowledged by parking again.
+#[inline]
+fn is_rehearsal(mail: &Mail) -> bool {
+    mail[mailbox::REHEARSAL_AT..] != [0; 4]
 }
 
 #[cold]

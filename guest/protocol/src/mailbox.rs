@@ -12,9 +12,11 @@
 //! 104  machine id    16 bytes
 //! 120  boot id       16 bytes
 //! 136  host name     length u32, then 64 bytes padded with zeros
+//! 204  rehearsal     u32; not zero: the agent is to acknowledge the id and park again, and that is all
 //! ```
 //!
-//! Numbers are little-endian.
+//! Numbers are little-endian. A rehearsal walks the way that a generation goes from the mailbox to its acknowledgement, so that
+//! the pages on it are there when it matters; nothing else of the mail is looked at.
 
 use alloc::string::String;
 
@@ -29,8 +31,10 @@ pub const ACKNOWLEDGED_AT: usize = 16;
 pub const REALTIME_AT: usize = 32;
 /// Where the entropy is: the agent wipes it out once it has taken the mail.
 pub const ENTROPY_AT: usize = 40;
+/// Where it says that it is a rehearsal.
+pub const REHEARSAL_AT: usize = 204;
 /// The bytes of a [`Generation`] in the mailbox, from its start; the acknowledgement lies in them, zero.
-pub const GENERATION_BYTES: usize = 204;
+pub const GENERATION_BYTES: usize = 208;
 /// The bytes of a generation's id.
 pub const ID_BYTES: usize = 16;
 /// The bytes of entropy a generation brings.
@@ -62,7 +66,7 @@ impl Generation {
         let mut hostname = [0; HOSTNAME_BYTES_MAX];
         let length = self.hostname.len().min(HOSTNAME_BYTES_MAX);
         hostname[..length].copy_from_slice(&self.hostname.as_bytes()[..length]);
-        let parts: [&[u8]; 8] = [
+        let parts: [&[u8]; 9] = [
             &self.id,
             &[0; ID_BYTES],
             &self.realtime_ns.to_le_bytes(),
@@ -71,6 +75,7 @@ impl Generation {
             &self.boot_id,
             &(length as u32).to_le_bytes(),
             &hostname,
+            &[0; 4],
         ];
         let mut at = 0;
         for part in parts {

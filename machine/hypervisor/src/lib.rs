@@ -67,6 +67,13 @@ pub trait Vm: Send + Sync + 'static {
     /// [`Error::Order`] when called twice or after [`Vm::enable_interrupts`]; [`Error::Call`] when the backend fails.
     fn map_memory(&mut self, memory: &GuestMemory) -> Result<(), Error>;
 
+    /// Drops what the backend has derived from the memory, while no vCPU runs: to be called before the memory is replaced
+    /// behind the guest's back. Where page tables are shadowed, those of the memory before would go on to be used.
+    ///
+    /// # Errors
+    /// [`Error::Order`] before [`Vm::map_memory`]; [`Error::Call`] when the backend fails, after which the machine is of no use.
+    fn forget_memory(&self) -> Result<(), Error>;
+
     /// Gives the machine its local APICs. Once, after memory and before the first vCPU.
     ///
     /// # Errors

@@ -146,6 +146,10 @@ impl Vm for ScriptedVm {
         Ok(())
     }
 
+    fn forget_memory(&self) -> Result<(), Error> {
+        self.memory.as_ref().map(|_| ()).ok_or(Error::Order("there is no memory to forget"))
+    }
+
     fn enable_interrupts(&mut self) -> Result<(), Error> {
         if self.memory.is_none() || self.has_interrupts {
             return Err(Error::Order("interrupts are enabled once, and after memory is mapped"));

@@ -23,6 +23,7 @@ mod machine;
 pub mod mailbox;
 pub mod monitor;
 mod paused;
+mod rehearsal;
 mod saved;
 mod shell;
 
@@ -36,5 +37,6 @@ pub use host::{PVM_COMMAND_LINE, is_pvm};
 pub use live::{LiveError, LiveState, Saved};
 pub use machine::{Machine, Notice, Observer, StartError};
 pub use paused::{MachineState, Parking, Paused, RestoreError, SaveError};
+pub use rehearsal::RehearsalError;
 pub use saved::SectionError;
 pub use shell::{MAX_MEMORY_MIB, MIN_MEMORY_MIB, Shape, ShapeError, Shell, ShellError};

@@ -9,7 +9,7 @@ use crate::clock::realtime;
 use crate::layout::MAILBOX;
 
 /// The bytes of a generation.
-pub const GENERATION_BYTES: usize = 204;
+pub const GENERATION_BYTES: usize = 208;
 /// Names one life of a guest; all zeros is none.
 pub type Id = [u8; 16];
 
@@ -17,6 +17,8 @@ pub type Id = [u8; 16];
 pub const ACKNOWLEDGED_AT: usize = 16;
 /// Where the wall clock is in it.
 pub const REALTIME_AT: usize = 32;
+/// Where it says that it is a rehearsal.
+pub const REHEARSAL_AT: usize = 204;
 
 /// A generation cannot be left there. Kiln is to blame, or the hypervisor.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +51,18 @@ pub(crate) fn put(memory: &GuestMemory, generation: &[u8]) -> Result<Id, MailErr
     }
     mail[ACKNOWLEDGED_AT..ACKNOWLEDGED_AT + 16].fill(0);
     mail[REALTIME_AT..REALTIME_AT + 8].copy_from_slice(&realtime().0.to_le_bytes());
+    memory.write(MAILBOX, &mail)?;
+    Ok(id)
+}
+
+/// Puts a rehearsal into the mailbox of a guest that stands still.
+pub(crate) fn put_rehearsal(memory: &GuestMemory) -> Result<Id, MailError> {
+    let mut mail = [0; GENERATION_BYTES];
+    // Not all zeros, and not the one that was acknowledged last.
+    let mut id = memory.read_array::<16>(Gpa(MAILBOX.0 + ACKNOWLEDGED_AT as u64))?;
+    id[0] = id[0].wrapping_add(1).max(1);
+    mail[..16].copy_from_slice(&id);
+    mail[REHEARSAL_AT] = 1;
     memory.write(MAILBOX, &mail)?;
     Ok(id)
 }
@@ -90,8 +104,18 @@ mod tests {
     }
 
     #[test]
+    fn each_rehearsal_is_another() {
+        let memory = memory();
+        let first = put_rehearsal(&memory).expect("put");
+        assert!(!is_acknowledged(&memory, first));
+        memory.write(Gpa(MAILBOX.0 + 16), &[0xff; 16]).expect("RAM");
+        assert_eq!(put_rehearsal(&memory).expect("put")[0], 1, "never all zeros at its start");
+        assert_eq!(memory.read_array::<4>(Gpa(MAILBOX.0 + REHEARSAL_AT as u64)), Ok([1, 0, 0, 0]));
+    }
+
+    #[test]
     fn what_is_no_generation_is_refused() {
-        assert!(matches!(put(&memory(), &[7; 203]), Err(MailError::Length(203))));
+        assert!(matches!(put(&memory(), &[7; 204]), Err(MailError::Length(204))));
         assert!(matches!(put(&memory(), &[0; GENERATION_BYTES]), Err(MailError::NoId)));
     }
 }

@@ -14,7 +14,7 @@ use crate::mailbox::{self, Id as MailId, MailError};
 use crate::shell::{Shape, Shell};
 
 /// The privilege level of user mode.
-const USER_MODE: u8 = 3;
+pub(crate) const USER_MODE: u8 = 3;
 /// By how much a clock may run at another speed: what hosts of one kind differ by, and no program notices.
 const TSC_TOLERANCE_PPM: u64 = 250;
 

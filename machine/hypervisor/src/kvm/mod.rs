@@ -152,22 +152,27 @@ impl Vm for KvmVm {
         if self.memory.is_some() || self.has_interrupts {
             return Err(Error::Order("memory is mapped once, and before interrupts are enabled"));
         }
-        for (slot, region) in (0..).zip(memory.regions()) {
-            let slot = kvm_userspace_memory_region {
-                slot,
-                guest_phys_addr: region.at.0,
-                memory_size: region.bytes,
-                userspace_addr: region.host_address,
-                flags: 0,
-            };
-            // From the first slot on the machine refers to the memory, whatever becomes of the others.
-            self.memory.get_or_insert_with(|| memory.clone());
-            // SAFETY: the range is a mapping of `memory`, of which this VM and each vCPU keep a clone: it is not
-            // unmapped before the last descriptor of the machine is closed.
-            unsafe { self.vm.set_user_memory_region(slot) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+        // From the first slot on the machine refers to the memory, whatever becomes of the others.
+        let memory = self.memory.insert(memory.clone());
+        for slot in slots(memory) {
+            // SAFETY: as `set_slot` wants it: the memory was kept a line above.
+            unsafe { set_slot(&self.vm, slot) }?;
         }
         if self.needs_tss {
             self.vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        }
+        Ok(())
+    }
+
+    fn forget_memory(&self) -> Result<(), Error> {
+        let memory = self.memory.as_ref().ok_or(Error::Order("there is no memory to forget"))?;
+        for slot in slots(memory) {
+            // A slot that goes takes with it all page tables made from any.
+            let gone = kvm_userspace_memory_region { memory_size: 0, ..slot };
+            // SAFETY: no memory is behind a slot of no size.
+            unsafe { set_slot(&self.vm, gone) }?;
+            // SAFETY: as `set_slot` wants it: it is memory that the machine keeps.
+            unsafe { set_slot(&self.vm, slot) }?;
         }
         Ok(())
     }
@@ -207,6 +212,27 @@ impl Vm for KvmVm {
         let clock = kvm_clock_data { clock: clock_ns, ..kvm_clock_data::default() };
         self.vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))
     }
+}
+
+/// The slots that show `memory` to a guest.
+fn slots(memory: &GuestMemory) -> impl Iterator<Item = kvm_userspace_memory_region> {
+    (0..).zip(memory.regions()).map(|(slot, region)| kvm_userspace_memory_region {
+        slot,
+        guest_phys_addr: region.at.0,
+        memory_size: region.bytes,
+        userspace_addr: region.host_address,
+        flags: 0,
+    })
+}
+
+/// Sets a slot.
+///
+/// # Safety
+/// What is behind it must be memory of which this VM and each of its vCPUs keep a clone: it is not unmapped then before the last
+/// descriptor of the machine is closed.
+unsafe fn set_slot(vm: &VmFd, slot: kvm_userspace_memory_region) -> Result<(), Error> {
+    // SAFETY: the caller's promise.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
 }
 
 /// Turns an errno into an error that names the call.

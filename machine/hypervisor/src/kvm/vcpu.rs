@@ -133,6 +133,8 @@ impl Vcpu for KvmVcpu {
 
     fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
         self.check_rest()?;
+        // What was held is another's.
+        self.held = None;
         save::restore(&self.fd, state)
     }
 
