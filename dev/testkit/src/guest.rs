@@ -1,7 +1,7 @@
 //! Kiln's own guest in this process: booted, parked, saved, restored, and asked who it is.
 
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,7 @@ use crate::initramfs;
 const PATIENCE: Duration = Duration::from_mins(3);
 const CID: u64 = 3;
 const CONSOLE_TAIL_BYTES: usize = 4096;
+const PAGE_BYTES: usize = 4096;
 
 /// A guest that runs.
 pub struct Guest {
@@ -466,6 +467,46 @@ impl Saved {
         Ok(InWait { paused, ports, console, rung })
     }
 
+    /// In what this guest is another than `other`, apart from clocks, which run: names of parts, and addresses of pages.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn differences(&self, other: &Self) -> Result<Vec<String>> {
+        let read = |saved: &Self| -> Result<(MachineState, Vec<u8>)> {
+            let (_, sections) = kiln_snapshot::read(&mut &saved.snapshot[..])?;
+            let mut memory = Vec::new();
+            (&saved.memory).seek(SeekFrom::Start(0))?;
+            (&saved.memory).read_to_end(&mut memory)?;
+            Ok((without_clocks(MachineState::from_sections(&sections)?), memory))
+        };
+        let ((ours, our_memory), (theirs, their_memory)) = (read(self)?, read(other)?);
+        let mut found = Vec::new();
+        if ours.devices != theirs.devices {
+            found.push(format!("devices: {:?} and {:?}", ours.devices, theirs.devices));
+        }
+        for (index, (ours, theirs)) in ours.vcpus.iter().zip(&theirs.vcpus).enumerate() {
+            let parts = [
+                ("registers", ours.registers == theirs.registers),
+                ("system registers", ours.system_registers == theirs.system_registers),
+                ("vector registers", (ours.xcr0, &ours.xsave) == (theirs.xcr0, &theirs.xsave)),
+                ("local APIC", ours.local_apic == theirs.local_apic),
+                ("debug registers", ours.debug_registers == theirs.debug_registers),
+                ("events", (ours.run_state, ours.events) == (theirs.run_state, theirs.events)),
+            ];
+            let others = parts.iter().filter(|(_, same)| !same);
+            found.extend(others.map(|(part, _)| format!("vCPU {index}: {part}")));
+            let msrs = ours.msrs.iter().zip(&theirs.msrs).filter(|(ours, theirs)| ours != theirs);
+            found.extend(msrs.map(|(ours, theirs)| format!("vCPU {index}: {ours:x?} and {theirs:x?}")));
+        }
+        if ours.vcpus.len() != theirs.vcpus.len() || our_memory.len() != their_memory.len() {
+            found.push("another shape".into());
+        }
+        let pages = our_memory.chunks(PAGE_BYTES).zip(their_memory.chunks(PAGE_BYTES)).enumerate();
+        let others = pages.filter(|(_, (ours, theirs))| ours != theirs);
+        found.extend(others.map(|(page, _)| format!("page at {:#x}", page * PAGE_BYTES)));
+        Ok(found)
+    }
+
     /// A machine like the saved one that stands still, and when there was a shell for it.
     #[expect(clippy::type_complexity, reason = "the parts of a guest that does not run yet")]
     fn copy(
@@ -498,6 +539,27 @@ fn read_reply(stream: &mut UnixStream) -> Result<Outcome> {
     stream.read_exact(&mut reply)?;
     let reply = (kind == Kind::Reply).then(|| Reply::decode(&reply[..])).transpose()?;
     reply.and_then(|reply| reply.outcome).context("what comes is no reply")
+}
+
+/// The state of a machine with all its clocks at 0, and with its timers neither running nor run out.
+fn without_clocks(mut state: MachineState) -> MachineState {
+    /// `IA32_TIME_STAMP_COUNTER`, `IA32_MPERF`, `IA32_APERF` and `IA32_TSC_DEADLINE`. Intel SDM volume 4 "Model-Specific Registers".
+    const CLOCKS: [u32; 4] = [0x10, 0xe7, 0xe8, 0x6e0];
+    // The local APIC: its timer's vector, its count, and the interrupts that wait, 32 in each 16 bytes. Intel SDM volume 3 §11.4.1
+    // "The Local APIC Block Diagram".
+    const TIMER_VECTOR: usize = 0x320;
+    const TIMER_COUNT: usize = 0x390;
+    const WAITING: usize = 0x200;
+    state.clock_ns = 0;
+    for vcpu in &mut state.vcpus {
+        for msr in vcpu.msrs.iter_mut().filter(|msr| CLOCKS.contains(&msr.index)) {
+            msr.value = 0;
+        }
+        let vector = usize::from(vcpu.local_apic[TIMER_VECTOR]);
+        vcpu.local_apic[WAITING + vector / 32 * 16 + vector % 32 / 8] &= !(1 << (vector % 8));
+        vcpu.local_apic[TIMER_COUNT..TIMER_COUNT + 4].fill(0);
+    }
+    state
 }
 
 /// Hears what phases the agent rings, and when; and when one without a doorbell knocks.

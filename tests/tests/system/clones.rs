@@ -44,6 +44,19 @@ impl Seen {
             Parking::Port => CLOCK_TOLERANCE_NS + (took.resumed + took.adopted).as_nanos() as u64 / 2,
             Parking::Doorbell | Parking::None => CLOCK_TOLERANCE_NS,
         };
+        self.look_at(&guest, clone, &generation, asleep_at_ns, lives, tolerance_ns);
+        guest
+    }
+
+    fn look_at(
+        &mut self,
+        guest: &Guest,
+        clone: u64,
+        generation: &Generation,
+        asleep_at_ns: u64,
+        lives: u64,
+        tolerance_ns: u64,
+    ) {
         for _ in 0..2 {
             let before = realtime_ns();
             let welcome = guest.hello().expect("it answers");
@@ -59,7 +72,6 @@ impl Seen {
             assert_eq!(welcome.random.len(), 32, "clone {clone} has no random numbers");
             assert!(self.random.insert(welcome.random), "clone {clone} repeats what another guest had");
         }
-        guest
     }
 }
 
@@ -74,6 +86,46 @@ fn a_thousand_clones_of_one_snapshot_are_all_different() {
         seen.claim(&saved, clone, asleep_at_ns, 1);
     }
     assert_eq!(seen.random.len() as u64, 2 * clones);
+}
+
+/// One machine, guest after guest, each of which has rehearsed and waited.
+#[test]
+fn guests_that_waited_are_all_different_in_one_machine() {
+    const GUESTS: u64 = 40;
+    for vcpus in [1, 2] {
+        let guest = Guest::boot(&from_environment("KILN_TEST_GUEST"), 128, vcpus).expect("it boots");
+        let asleep_at_ns = guest.hello().expect("it answers").monotonic_ns;
+        let saved = guest.park().expect("it parks").save().expect("saved");
+        let mut waiting = saved.in_wait().expect("it waits");
+        let mut seen = Seen::default();
+        for clone in 0..GUESTS {
+            let generation = generation(clone);
+            let (guest, _) = waiting.claim(&generation).expect("it becomes another");
+            seen.look_at(&guest, clone, &generation, asleep_at_ns, 1, CLOCK_TOLERANCE_NS);
+            (waiting, _) = guest.recycle(&saved).expect("the machine takes the next");
+        }
+    }
+}
+
+/// What a guest leaves in its machine is not there for the next: registers, devices and every byte of memory.
+#[test]
+fn a_used_machine_with_its_next_guest_is_as_one_made_for_it() {
+    for vcpus in [1, 2] {
+        let guest = Guest::boot(&from_environment("KILN_TEST_GUEST"), 128, vcpus).expect("it boots");
+        let saved = guest.park().expect("it parks").save().expect("saved");
+        let fresh = || saved.in_wait().expect("it waits").save().expect("saved");
+        let (one, other) = (fresh(), fresh());
+        // The time is in a handful of pages: where KVM tells it, and where the agent has noted it.
+        let clocks = one.differences(&other).expect("both can be read");
+        assert!(clocks.len() <= 6 && clocks.iter().all(|other| other.starts_with("page")), "{clocks:?}");
+        let (used, _) = saved.in_wait().expect("it waits").claim(&generation(1)).expect("it becomes another");
+        used.hello().expect("it answers");
+        let (next, _) = used.recycle(&saved).expect("the machine takes the next");
+        let next = next.save().expect("saved");
+        let mut others = next.differences(&one).expect("both can be read");
+        others.retain(|page| !clocks.contains(page));
+        assert_eq!(others, Vec::<String>::new());
+    }
 }
 
 /// The kernel that a user without `/dev/mem` brings: the guest cannot reach its doorbell, so all of it goes by way of the guest
