@@ -438,6 +438,10 @@ impl<'a> Attempts<'a> {
         let after = asked.unwrap_or_else(|| backoff(self.made));
         self.made += 1;
         self.registry.progress.event(Event::Retrying { what: self.what, why, after });
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the server asked for this time, or a retry must keep off it"
+        )]
         tokio::time::sleep(after).await;
         Ok(())
     }

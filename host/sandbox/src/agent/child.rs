@@ -253,6 +253,7 @@ async fn write_frames(mut stream: OwnedWriteHalf, flow: &Flow) -> AgentError {
 }
 
 /// Returns when a command with a timeout has outlived it although no reader holds up its output.
+#[expect(clippy::disallowed_methods, reason = "the time a command may take is what is waited for")]
 async fn overdue(deadline: Option<Duration>, flow: &Flow) -> ExitStatus {
     let Some(deadline) = deadline else { return std::future::pending().await };
     tokio::time::sleep(deadline).await;

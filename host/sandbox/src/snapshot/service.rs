@@ -49,6 +49,7 @@ impl<'a> Running<'a> {
             };
             ask(monitor, Call::Await(Await { awaited: Some(awaited) })).await
         };
+        #[expect(clippy::disallowed_methods, reason = "the limit of the wait")]
         let outcome = tokio::select! {
             biased;
             ended = child.wait() => Err(Some(ended)),
