@@ -126,6 +126,22 @@ impl Session {
         }
     }
 
+    /// Reads what it says on stderr until a line is `text`, and nothing of its output.
+    #[track_caller]
+    pub fn wait_for_error(&mut self, text: &str) {
+        let stderr = self.stderr.as_mut().expect("not taken");
+        let (mut line, mut byte) = (Vec::new(), [0]);
+        while line != text.as_bytes() {
+            if byte == *b"\n" {
+                line.clear();
+            }
+            assert_ne!(stderr.read(&mut byte).expect("stderr is read"), 0, "stderr ended before {text:?}");
+            if byte != *b"\n" {
+                line.push(byte[0]);
+            }
+        }
+    }
+
     /// Reads exactly so many bytes of output; a failure shows what came on stderr.
     #[track_caller]
     pub fn read_exact(&mut self, buffer: &mut [u8]) {
