@@ -587,6 +587,19 @@ mod tests {
     }
 
     #[test]
+    fn a_queue_is_saved_where_the_running_device_has_it() {
+        let (mut driver, _) = attach();
+        driver.bring_up(ALL);
+        let layout = driver.queues[0].layout();
+        for (register, value) in [(0x30, 0), (0x38, 2), (0x80, 0xf000), (0x90, 0xf000), (0xa0, 0xf000)] {
+            driver.write(register, value);
+        }
+        driver.transport.pause();
+        let saved = driver.transport.save().expect("no request is in flight");
+        assert_eq!(saved.queues[0].layout, layout);
+    }
+
+    #[test]
     fn a_driver_that_gives_up_stops_the_device() {
         let (mut driver, seen) = attach();
         driver.bring_up(ALL);
