@@ -14,6 +14,8 @@ mod layers;
 mod manual;
 mod paths;
 mod process;
+#[cfg(test)]
+mod regressions;
 mod release;
 mod rig;
 mod setup;
