@@ -10,12 +10,11 @@ use std::os::unix::fs::FileExt;
 
 use kiln_support::sparse;
 
+use crate::page_map::page_map;
 use crate::{Gpa, GuestMemory, PAGE_BYTES, Region};
 
 /// How much is looked at together.
 const CHUNK_BYTES: u64 = 1 << 20;
-/// One 64-bit entry for each page of the process. Linux `Documentation/admin-guide/mm/pagemap.rst`.
-const PAGEMAP: &str = "/proc/self/pagemap";
 const PAGEMAP_ENTRY_BYTES: u64 = 8;
 /// The page is in memory.
 const PRESENT: u64 = 1 << 63;
@@ -93,7 +92,7 @@ impl GuestMemory {
     /// # Errors
     /// What the host says when it does not let the process look at its own page table.
     pub fn changed(&self) -> io::Result<Vec<Range<u64>>> {
-        let pagemap = File::open(PAGEMAP)?;
+        let pagemap = page_map()?;
         let mut entries = Vec::new();
         let mut changed: Vec<Range<u64>> = Vec::new();
         let mut place = 0;

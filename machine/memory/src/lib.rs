@@ -18,10 +18,12 @@ mod address;
 #[expect(unsafe_code, reason = "one mapping takes the place of another")]
 mod image;
 mod memory;
+mod page_map;
 mod slices;
 mod watch;
 
 pub use address::{Gpa, Span};
 pub use memory::{GuestMemory, HIGH_RAM_START, MMIO_HOLE_START, MapError, OutOfRange, PAGE_BYTES, Region};
+pub use page_map::open_page_map;
 pub use slices::Slices;
 pub use watch::Watch;

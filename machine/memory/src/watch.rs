@@ -10,6 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use crate::page_map::page_map;
 use crate::{GuestMemory, PAGE_BYTES};
 
 const USER_MODE_ONLY: libc::c_int = 1;
@@ -64,7 +65,7 @@ struct Scan {
 #[derive(Debug)]
 pub struct Watch {
     memory: GuestMemory,
-    pagemap: File,
+    pagemap: &'static File,
     /// What protects the pages, for as long as it is open.
     _protection: OwnedFd,
 }
@@ -94,7 +95,7 @@ impl GuestMemory {
             // `memory` below; writes to it stay possible and say the same.
             ioctl(unsafe { libc::ioctl(protection.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) })?;
         }
-        let pagemap = File::open("/proc/self/pagemap")?;
+        let pagemap = page_map()?;
         let watch = Watch { memory: self.clone(), pagemap, _protection: protection };
         // Until it has been protected once, every page counts as written.
         watch.take()?;

@@ -8,8 +8,10 @@ mod save;
 mod vcpu;
 mod xstate;
 
+use std::fs::OpenOptions;
 use std::io;
 use std::ops::RangeInclusive;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
 use kiln_memory::GuestMemory;
@@ -55,7 +57,16 @@ impl Kvm {
     /// # Errors
     /// [`Error::Open`] when /dev/kvm cannot be opened, [`Error::Missing`] when it lacks something.
     pub fn open() -> Result<Self, Error> {
-        let kvm = Self::open_unchecked()?;
+        let device = OpenOptions::new().read(true).write(true).open(DEVICE);
+        Self::from_device(device.map_err(|source| Error::Open { path: DEVICE, source })?.into())
+    }
+
+    /// The same, of a descriptor that somebody else has opened: a process in a jail cannot.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when it lacks something.
+    pub fn from_device(device: OwnedFd) -> Result<Self, Error> {
+        let kvm = Self::from_device_unchecked(device)?;
         let missing = kvm.missing();
         if !missing.is_empty() {
             return Err(Error::Missing(missing));
@@ -63,13 +74,13 @@ impl Kvm {
         Ok(kvm)
     }
 
-    /// The host's KVM, whatever it lacks: to say what that is.
+    /// The same, whatever it lacks: to say what that is.
     ///
     /// # Errors
-    /// [`Error::Open`]
-    pub fn open_unchecked() -> Result<Self, Error> {
-        let device =
-            kvm_ioctls::Kvm::new().map_err(|errno| Error::Open { path: DEVICE, source: errno.into() })?;
+    /// [`Error::Call`] when the descriptor is not one of KVM.
+    pub fn from_device_unchecked(device: OwnedFd) -> Result<Self, Error> {
+        // SAFETY: the descriptor is open, and nobody else's from here on.
+        let device = unsafe { kvm_ioctls::Kvm::from_raw_fd(device.into_raw_fd()) };
         kick::install_handler();
         let needs_tss = std::fs::read(UNRESTRICTED_GUEST).is_ok_and(|value| value.starts_with(b"N"));
         let msrs = device.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
