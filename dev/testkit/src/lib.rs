@@ -1,12 +1,11 @@
 //! What tests need and users do not: images of every kind, made on this machine by the tools people use, and guests in
 //! the tests' own process.
 
-#![forbid(unsafe_code)]
-
 pub mod guest;
 pub mod http;
 pub mod image;
 pub mod initramfs;
+pub mod inject;
 pub mod kernel;
 pub mod layout;
 pub mod nasty;

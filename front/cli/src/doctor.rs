@@ -81,7 +81,7 @@ pub(crate) async fn doctor(context: &Context, json: bool) -> Result<u8, Failure>
     let root = Path::new("/");
     let store = context.root()?;
     let mut findings = vec![kvm::device(root), kvm::kind(root)];
-    findings.push(kvm::capabilities(&MonitorProgram::this()).await);
+    findings.extend(kvm::monitor(&MonitorProgram::this()).await);
     findings.extend([
         kvm::nx_huge_pages(root),
         host::guest(context.guest()),

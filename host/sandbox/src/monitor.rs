@@ -15,12 +15,11 @@ mod end;
 mod life;
 mod orders;
 mod probe;
+mod process;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,7 +27,7 @@ use kiln_control::{ChannelError, Command, Connect, Do, Event, Happened, Stop};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::process::{Child, ChildStderr};
+use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -38,7 +37,8 @@ pub use kiln_control::{Entered, Restore, SaveState, Start};
 pub(crate) use life::EndWatch;
 use life::Life;
 pub use life::{BootTimes, RestoreTimes};
-pub use probe::{Missing, Probe, probe};
+pub use probe::{Missing, Obstacle, Probe, probe};
+use process::Process;
 
 /// What the monitor program is started as (`argv[0]`), by which a binary that is more than a monitor knows its part.
 pub const MONITOR_NAME: &str = "kiln-monitor";
@@ -116,13 +116,13 @@ pub enum MonitorError {
 impl Monitor {
     /// Starts a monitor process, which then waits for [`start`](Self::start).
     ///
-    /// It gets nothing of this process: stdin is its channel, stdout `/dev/null`, stderr a pipe
-    /// whose last lines are kept for [`MachineEnd::Died`], and it is a process group of its own so that a Ctrl-C
-    /// meant for its host does not reach it. Must be called within a tokio runtime.
+    /// It is jailed (`kiln_jail`) and gets nothing of this process: stdin is its channel, stdout `/dev/null`, stderr a pipe
+    /// whose last lines are kept for [`MachineEnd::Died`], and beside these it has `/dev/kvm`. It has a session of its
+    /// own so that a Ctrl-C meant for its host does not reach it. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// [`MonitorError::Spawn`] when the executable cannot be run, [`MonitorError::Setup`] when the host is out of
-    /// descriptors.
+    /// [`MonitorError::Spawn`] when the executable cannot be run, [`MonitorError::Ended`] when this user may not use
+    /// `/dev/kvm` or make namespaces, [`MonitorError::Setup`] when the host is out of descriptors.
     pub fn spawn(program: &MonitorProgram) -> Result<Self, MonitorError> {
         Self::spawn_with(program, None)
     }
@@ -139,24 +139,14 @@ impl Monitor {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|errno| MonitorError::Setup(errno.into()))?;
 
-        let spawn_error = |source| MonitorError::Spawn { path: program.path.clone(), source };
-        let mut command = std::process::Command::new(&program.path);
-        command
-            .arg0(MONITOR_NAME)
-            .stdin(theirs)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .process_group(0);
-        let mut command = tokio::process::Command::from(command);
-        let mut child = command.kill_on_drop(true).spawn().map_err(spawn_error)?;
-        // The command still holds the monitor's end; with it open here, the monitor's death would not be seen.
-        drop(command);
+        let (process, stderr) = Process::start(program, &[], &theirs, &process::null()?)?;
+        // With the monitor's end open here, its death would not be seen.
+        drop(theirs);
 
         let channel = Arc::new(AsyncChannel::new(ours).map_err(MonitorError::Setup)?);
         let (life_sender, life) = watch::channel(Life::default());
-        let stderr = child.stderr.take();
         let watcher =
-            tokio::spawn(watch_over(Arc::clone(&channel), child, keep_tail(stderr, listener), life_sender));
+            tokio::spawn(watch_over(Arc::clone(&channel), process, keep_tail(stderr, listener), life_sender));
         Ok(Self {
             channel,
             life,
@@ -216,16 +206,16 @@ impl Drop for Monitor {
 /// Reads events until the machine's end, then waits for the process.
 async fn watch_over(
     channel: Arc<AsyncChannel>,
-    mut child: Child,
+    mut process: Process,
     stderr_tail: impl Future<Output = Vec<u8>> + Send + 'static,
     life: watch::Sender<Life>,
 ) {
     let said = tokio::spawn(stderr_tail);
     let end = read_events(&channel, &life).await;
-    let status = match tokio::time::timeout(EXIT_LIMIT, child.wait()).await {
+    let status = match tokio::time::timeout(EXIT_LIMIT, process.wait()).await {
         Ok(status) => status,
-        Err(_) => match child.start_kill() {
-            Ok(()) => child.wait().await,
+        Err(_) => match process.kill() {
+            Ok(()) => process.wait().await,
             Err(error) => Err(error),
         },
     };
@@ -255,9 +245,8 @@ async fn read_events(channel: &AsyncChannel, life: &watch::Sender<Life>) -> Opti
 }
 
 /// Follows what the monitor says on its stderr to its end, and returns the last of it.
-async fn keep_tail(stderr: Option<ChildStderr>, listener: Option<LineListener>) -> Vec<u8> {
+async fn keep_tail(stderr: pipe::Receiver, listener: Option<LineListener>) -> Vec<u8> {
     let mut tail = Vec::new();
-    let Some(stderr) = stderr else { return tail };
     let mut stderr = BufReader::new(stderr);
     let mut line = Vec::new();
     loop {

@@ -1,13 +1,13 @@
 //! One end of the control channel: packets with descriptors.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use prost::Message;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    SendFlags, SocketType, sockopt,
 };
 
 use crate::{MAX_PACKET_BYTES, MAX_PACKET_FDS};
@@ -36,6 +36,17 @@ impl Channel {
     /// Takes a `SOCK_SEQPACKET` Unix socket.
     pub fn new(socket: OwnedFd) -> Self {
         Self { socket }
+    }
+
+    /// The same of a descriptor that somebody else left to this program.
+    ///
+    /// # Errors
+    /// When it is no such socket: the program was not started as a monitor.
+    pub fn inherited(descriptor: OwnedFd) -> io::Result<Self> {
+        if sockopt::socket_type(&descriptor)? == SocketType::SEQPACKET {
+            return Ok(Self::new(descriptor));
+        }
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "standard input is not a SOCK_SEQPACKET socket"))
     }
 
     /// Sends `message` with `fds` as one packet.

@@ -1,13 +1,13 @@
 //! The words spoken between a host process and the monitor of one virtual machine.
 //!
-//! A host process makes a `SOCK_SEQPACKET` pair, starts the monitor with one end as its standard input, which is the
-//! one descriptor a process can be given without a fork of its host, and speaks one message a packet; files travel beside a message as descriptors (`SCM_RIGHTS`), so
-//! that the monitor never opens a path. The first packet is [`Start`], or [`Files`] that it needs. When the host's end closes, the monitor ends
-//! and its machine with it. The monitor trusts its host for intent, not for form: each packet is checked whole
-//! before anything is done.
+//! A host process makes a `SOCK_SEQPACKET` pair, starts the monitor with one end as its standard input, and speaks one
+//! message a packet; files travel beside a message as descriptors (`SCM_RIGHTS`), so that the monitor never opens a path.
+//! The first packet is [`Start`], or [`Files`] that it needs. When the host's end closes, the monitor ends and its machine
+//! with it. The monitor trusts its host for intent, not for form: each packet is checked whole before anything is done.
+
+#![forbid(unsafe_code)]
 
 mod channel;
-mod inherited;
 mod message;
 
 pub use channel::{Channel, ChannelError};

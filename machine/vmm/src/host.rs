@@ -1,6 +1,7 @@
 //! What kind of host this is.
 
 use std::path::Path;
+use std::sync::LazyLock;
 
 /// What the guest kernel is told where its kernel mode is emulated. `interpreted` is a parameter of Kiln's kernel
 /// (`guest/kernel/patches/*-x86-interpreted.patch`); others ignore it.
@@ -14,7 +15,10 @@ pub const PVM_COMMAND_LINE: &str = "interpreted cpuhp.parallel=0 rcupdate.rcu_cp
 
 /// Whether KVM here runs without hardware virtualization (a PVM host): guest user mode runs natively, guest kernel mode
 /// in KVM's emulator.
+///
+/// It is looked up once: a monitor in its jail still knows it, and cannot look.
 pub fn is_pvm() -> bool {
     // Only one vendor module serves /dev/kvm at a time.
-    Path::new("/sys/module/kvm_pvm").exists()
+    static IS_PVM: LazyLock<bool> = LazyLock::new(|| Path::new("/sys/module/kvm_pvm").exists());
+    *IS_PVM
 }

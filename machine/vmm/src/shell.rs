@@ -53,6 +53,11 @@ impl Shape {
         self.memory_mib
     }
 
+    /// Guest memory in bytes.
+    pub fn memory_bytes(self) -> u64 {
+        u64::from(self.memory_mib) << 20
+    }
+
     /// The number of vCPUs.
     pub fn vcpus(self) -> u8 {
         self.vcpus

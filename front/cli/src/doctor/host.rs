@@ -140,10 +140,10 @@ pub(super) fn cgroups(root: &Path) -> Finding {
 /// May an ordinary user make user namespaces?
 pub(super) fn user_namespaces(root: &Path) -> Finding {
     const CHECK: &str = "user_namespaces";
-    const CONSEQUENCE: &str = "without root, a machine's process cannot be given namespaces of its own";
+    const CONSEQUENCE: &str = "a machine's process cannot be given namespaces of its own, so none is started";
     let is = |path: &str, value: &str| text(root, path).as_deref() == Some(value);
     if !root.join("proc/self/ns/user").exists() {
-        return Finding::warning(
+        return Finding::failure(
             CHECK,
             "the kernel has no user namespaces",
             CONSEQUENCE,
@@ -161,7 +161,7 @@ pub(super) fn user_namespaces(root: &Path) -> Finding {
     ] {
         if is(path, value) {
             let setting = path.trim_start_matches("proc/sys/").replace('/', ".");
-            return Finding::warning(CHECK, format!("forbidden by {setting}={value}"), CONSEQUENCE, fix);
+            return Finding::failure(CHECK, format!("forbidden by {setting}={value}"), CONSEQUENCE, fix);
         }
     }
     Finding::ok(CHECK, "ordinary users may make them")
@@ -195,10 +195,10 @@ pub(super) fn landlock() -> Finding {
         .and_then(Ruleset::create);
     match made {
         Ok(_) => Finding::ok("landlock", "the kernel has it"),
-        Err(_) => Finding::warning(
+        Err(_) => Finding::failure(
             "landlock",
             "the kernel has it not, or it is turned off",
-            "one of the layers around a machine's process is missing",
+            "a machine's process cannot be denied all files, so none is started",
             "use a kernel with CONFIG_SECURITY_LANDLOCK and landlock in lsm=",
         ),
     }
@@ -258,11 +258,11 @@ mod tests {
             ("proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1\n", "apparmor_restrict"),
         ] {
             let finding = user_namespaces(root(&[has, (path, value)]).path());
-            assert_eq!(finding.status, Status::Warning);
+            assert_eq!(finding.status, Status::Failure);
             assert!(finding.fact.contains(name), "{finding:?}");
         }
         assert_eq!(user_namespaces(root(&[has]).path()).status, Status::Ok);
-        assert_eq!(user_namespaces(root(&[]).path()).status, Status::Warning);
+        assert_eq!(user_namespaces(root(&[]).path()).status, Status::Failure);
     }
 
     #[test]

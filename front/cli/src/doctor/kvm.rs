@@ -73,15 +73,32 @@ pub(super) fn kind(root: &Path) -> Finding {
     )
 }
 
-/// Does KVM offer what a machine needs? The monitor answers, since only it speaks to KVM.
-pub(super) async fn capabilities(program: &MonitorProgram) -> Finding {
+/// Can a machine's process be jailed, and does KVM offer what a machine needs? The monitor answers: only it speaks to KVM, and it
+/// enters its jail for the answer as for a machine.
+pub(super) async fn monitor(program: &MonitorProgram) -> Vec<Finding> {
     match kiln::monitor::probe(program).await {
-        Ok(probe) => judge_probe(&probe),
-        Err(error) => Finding::failure(
+        Ok(probe) => vec![judge_jail(&probe), judge_probe(&probe)],
+        Err(error) => vec![Finding::failure(
             "machine",
             format!("the monitor cannot be asked: {error}"),
             "whether a virtual machine can be made is not known",
             "",
+        )],
+    }
+}
+
+fn judge_jail(probe: &Probe) -> Finding {
+    const CHECK: &str = "jail";
+    const CONSEQUENCE: &str = "no machine is started: a guest that broke out of it would be on the host";
+    match (&probe.jail_error, &probe.open_error, probe.landlock) {
+        (Some(error), _, _) => Finding::failure(CHECK, &error.why, CONSEQUENCE, &error.fix),
+        (None, Some(_), _) => Finding::ok(CHECK, "not tried, without KVM"),
+        (None, None, version) => Finding::ok(
+            CHECK,
+            format!(
+                "a machine's process can be jailed: namespaces, Landlock {}, no capabilities, a list of system calls, limits",
+                version.unwrap_or_default()
+            ),
         ),
     }
 }
@@ -95,6 +112,9 @@ fn judge_probe(probe: &Probe) -> Finding {
         let mut fixes = list(|missing| missing.fix.clone());
         fixes.dedup();
         return Finding::failure(CHECK, format!("KVM lacks {lacks}"), CONSEQUENCE, fixes.join("; "));
+    }
+    if probe.jail_error.is_some() {
+        return Finding::failure(CHECK, "not tried, without a jail", CONSEQUENCE, "see `jail` above");
     }
     match (&probe.open_error, &probe.create_error) {
         (Some(error), _) => Finding::failure(CHECK, error, CONSEQUENCE, "see `kvm` above"),
@@ -126,6 +146,8 @@ pub(super) fn nx_huge_pages(root: &Path) -> Finding {
 mod tests {
     use super::super::Status;
     use super::super::tests::root;
+    use kiln::monitor::Obstacle;
+
     use super::*;
 
     #[test]
@@ -152,6 +174,17 @@ mod tests {
         assert_eq!(finding.status, Status::Failure);
         assert_eq!(finding.fact, "KVM lacks KVM_CAP_X (for y), KVM_CAP_X (for y)");
         assert_eq!(finding.fix, "do z");
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_jailed_is_a_failure() {
+        let error = Obstacle { why: "cannot mount".into(), fix: "mend it".into() };
+        let finding = judge_jail(&Probe { jail_error: Some(error), ..Probe::default() });
+        assert_eq!((finding.status, finding.fact.as_str()), (Status::Failure, "cannot mount"));
+        assert_eq!(finding.fix, "mend it");
+        let finding = judge_jail(&Probe { landlock: Some(7), ..Probe::default() });
+        assert_eq!(finding.status, Status::Ok);
+        assert!(finding.fact.contains("Landlock 7"), "{finding:?}");
     }
 
     #[test]

@@ -98,7 +98,8 @@ fn doctor_as_json_says_for_each_check_how_it_stands() {
     let findings = findings.as_array().expect("an array");
     let failed = findings.iter().any(|finding| finding["status"] == "failure");
     assert_eq!(output.status.code(), Some(i32::from(failed)), "{findings:?}");
-    for check in ["kvm", "virtualization", "machine", "nx_huge_pages", "cgroups", "huge_pages", "userfaultfd"]
+    for check in
+        ["kvm", "virtualization", "machine", "nx_huge_pages", "cgroups", "huge_pages", "userfaultfd", "jail"]
     {
         assert!(findings.iter().any(|finding| finding["check"] == check), "{check}");
     }

@@ -1,11 +1,15 @@
 //! How a machine ended.
 
 use std::fmt;
+use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
 use kiln_control::{EndReason, Ended, Failed};
 
 use crate::Blame;
+
+/// What ends a monitor that makes a system call it has no business to make.
+const SIGSYS: i32 = rustix::process::Signal::SYS.as_raw();
 
 /// How a machine ended; an error where somebody still wanted something of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +101,13 @@ impl fmt::Display for MachineEnd {
                 if detail.is_empty() { Ok(()) } else { write!(formatter, ": {}", printable(detail)) }
             }
             Self::Failed { message, .. } => formatter.write_str(message),
+            Self::Died { status: Some(status), stderr } if status.signal() == Some(SIGSYS) => {
+                write!(formatter, "the monitor was ")?;
+                match stderr.lines().last() {
+                    Some(line) => formatter.write_str(&printable(line)),
+                    None => write!(formatter, "killed by its own filter"),
+                }
+            }
             Self::Died { status, stderr } => {
                 write!(formatter, "the monitor process died")?;
                 if let Some(status) = status {
@@ -160,6 +171,16 @@ mod tests {
     #[test]
     fn a_guest_cannot_send_escape_sequences_to_the_terminal() {
         assert_eq!(panic_with(b"\x1b]0;owned\x07ok").console_tail(9), ["]0;ownedok"]);
+    }
+
+    #[test]
+    fn a_monitor_that_broke_out_of_its_list_of_calls_is_told_as_that() {
+        let end = MachineEnd::Died {
+            status: Some(ExitStatus::from_raw(SIGSYS)),
+            stderr: "something\nkilled by its own filter: system call 41".into(),
+        };
+        assert_eq!(end.to_string(), "the monitor was killed by its own filter: system call 41");
+        assert_eq!(end.blame(), Blame::Kiln);
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! What the monitor finds on this host: the host tier does not link KVM, so it asks.
 
 use std::io;
-use std::os::unix::process::CommandExt;
-use std::process::Stdio;
 use std::time::Duration;
 
-use super::{MONITOR_NAME, MonitorError, MonitorProgram};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe;
+
+use super::process::{self, Process, StartError};
+use super::{MonitorError, MonitorProgram};
 
 /// The argument that has a monitor print what it finds, and end.
 const PROBE_ARGUMENT: &str = "--probe";
@@ -15,6 +17,10 @@ const PROBE_LIMIT: Duration = Duration::from_secs(30);
 /// What a monitor program finds on this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Probe {
+    /// Why a machine's process cannot be jailed; `None` when it can.
+    pub jail_error: Option<Obstacle>,
+    /// The kernel's version of Landlock.
+    pub landlock: Option<u32>,
     /// Why `/dev/kvm` cannot be opened; `None` when it can.
     pub open_error: Option<String>,
     /// KVM capabilities a machine needs and this host lacks.
@@ -25,6 +31,15 @@ pub struct Probe {
     pub max_vcpus: Option<u32>,
     /// Guest kernels are emulated: KVM without hardware virtualization.
     pub pvm: bool,
+}
+
+/// Why something cannot be done here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Obstacle {
+    /// What went wrong.
+    pub why: String,
+    /// What would help.
+    pub fix: String,
 }
 
 /// A capability that KVM lacks here.
@@ -41,7 +56,10 @@ pub struct Missing {
 impl Probe {
     /// A machine can be made.
     pub fn works(&self) -> bool {
-        self.open_error.is_none() && self.create_error.is_none() && self.missing.is_empty()
+        self.jail_error.is_none()
+            && self.open_error.is_none()
+            && self.create_error.is_none()
+            && self.missing.is_empty()
     }
 
     /// Reads what a monitor printed: a `name=value` a line. Names this version does not know are skipped.
@@ -50,6 +68,11 @@ impl Probe {
         for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
             let error = || (value != "ok").then(|| value.to_owned());
             match name {
+                "jail" if value != "ok" => {
+                    let (why, fix) = value.split_once('\t').unwrap_or((value, ""));
+                    probe.jail_error = Some(Obstacle { why: why.to_owned(), fix: fix.to_owned() });
+                }
+                "jail.landlock" => probe.landlock = value.parse().ok(),
                 "kvm.open" => probe.open_error = error(),
                 "kvm.create_vm" => probe.create_error = error(),
                 "kvm.max_vcpus" => probe.max_vcpus = value.parse().ok(),
@@ -72,15 +95,28 @@ impl Probe {
 /// [`MonitorError::Spawn`] when the program cannot be run, or is no monitor.
 pub async fn probe(program: &MonitorProgram) -> Result<Probe, MonitorError> {
     let failed = |source| MonitorError::Spawn { path: program.path().into(), source };
-    let mut command = std::process::Command::new(program.path());
-    command.arg0(MONITOR_NAME).arg(PROBE_ARGUMENT).stdin(Stdio::null()).stderr(Stdio::null());
-    let mut command = tokio::process::Command::from(command);
-    let output = tokio::time::timeout(PROBE_LIMIT, command.kill_on_drop(true).output())
+    let (reading, stdout) = io::pipe().map_err(MonitorError::Setup)?;
+    let mut reading = pipe::Receiver::from_owned_fd(reading.into()).map_err(MonitorError::Setup)?;
+    // It ends when it is let go of.
+    let _process = match Process::start(program, &[PROBE_ARGUMENT], &process::null()?, &stdout) {
+        Ok((process, _stderr)) => process,
+        Err(error @ StartError::Device(_)) => {
+            return Ok(Probe { open_error: Some(error.to_string()), ..Probe::default() });
+        }
+        Err(error @ StartError::Namespaces(_)) => {
+            let obstacle = Obstacle { why: error.to_string(), fix: "see `user_namespaces` below".to_owned() };
+            return Ok(Probe { jail_error: Some(obstacle), ..Probe::default() });
+        }
+        Err(error) => return Err(error.into()),
+    };
+    drop(stdout);
+    let mut output = Vec::new();
+    tokio::time::timeout(PROBE_LIMIT, reading.read_to_end(&mut output))
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
         .map_err(failed)?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !text.lines().any(|line| line.starts_with("kvm.open=")) {
+    let text = String::from_utf8_lossy(&output);
+    if !text.lines().any(|line| line.starts_with("jail=")) {
         return Err(failed(io::Error::other("it is no monitor: it did not answer a probe")));
     }
     Ok(Probe::parse(&text))
@@ -96,6 +132,16 @@ mod tests {
             Probe::parse("host.pvm=yes\nkvm.open=ok\nkvm.max_vcpus=1024\nkvm.create_vm=ok\nnew.fact=x\n");
         assert!(probe.works());
         assert_eq!(probe, Probe { pvm: true, max_vcpus: Some(1024), ..Probe::default() });
+    }
+
+    #[test]
+    fn why_nothing_can_be_jailed_comes_with_what_would_help() {
+        let probe = Probe::parse("jail=cannot change to the empty root: no\task somebody\n");
+        let obstacle =
+            Obstacle { why: "cannot change to the empty root: no".into(), fix: "ask somebody".into() };
+        assert_eq!(probe.jail_error, Some(obstacle));
+        assert!(!probe.works());
+        assert_eq!(Probe::parse("jail=ok\njail.landlock=7\n").landlock, Some(7));
     }
 
     #[test]

@@ -44,8 +44,7 @@ impl From<BootError> for Failure {
 
 impl From<ShellError> for Failure {
     fn from(error: ShellError) -> Self {
-        let hint = if let ShellError::Hypervisor(error) = &error { hypervisor_hint(error) } else { "" };
-        Self::new(Blame::Host, with_causes(&error)).with_hint(hint)
+        Self::new(Blame::Host, with_causes(&error))
     }
 }
 
@@ -94,20 +93,5 @@ impl From<StartError> for Failure {
 impl From<Failure> for Failed {
     fn from(failure: Failure) -> Self {
         Self { blame: failure.blame.into(), message: failure.message, hint: failure.hint }
-    }
-}
-
-/// What would help against an error of the hypervisor.
-fn hypervisor_hint(error: &kiln_hypervisor::Error) -> &'static str {
-    use kiln_hypervisor::Error;
-    use std::io::ErrorKind;
-    match error {
-        Error::Open { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
-            "add yourself to the group that owns /dev/kvm, usually kvm: sudo usermod -aG kvm $USER, then log in again"
-        }
-        Error::Open { source, .. } if source.kind() == ErrorKind::NotFound => {
-            "enable virtualization in the firmware and load kvm_intel or kvm_amd; in a VM, enable nested virtualization"
-        }
-        _ => "",
     }
 }

@@ -14,6 +14,8 @@
 //! `Restore` in the place of `Start` makes the machine of a snapshot. `supervise.rs` has what can be ordered of a machine that
 //! is there.
 //!
+//! Before it reads a byte from anybody, it enters its jail (`kiln_jail`).
+//!
 //! When the host's end of the channel closes, for whatever reason, the process ends at once and its machine with it, so
 //! there is nothing to clean up after a host that died.
 
@@ -24,19 +26,22 @@ mod report;
 mod restore;
 mod supervise;
 
-use std::os::fd::OwnedFd;
+use std::io::stdin;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use kiln_control::{Channel, ChannelError, Command, Do, Happened, MAX_START_FDS, Restore, Start};
+use kiln_control::{Blame, Channel, ChannelError, Command, Do, Happened, MAX_START_FDS, Restore, Start};
 use kiln_hypervisor::Kvm;
+use kiln_jail::Jailed;
 
 use crate::boot;
 use crate::clock::{Nanoseconds, monotonic};
 use crate::console::Console;
+use crate::host;
 use crate::machine::Machine;
-use crate::shell::{Shell, ShellError};
-use failure::Failure;
+use crate::shell::{Shape, Shell, ShellError};
+use failure::{Failure, with_causes};
 use plan::{BootPlan, Devices, RestorePlan};
 use report::{Reporter, send};
 use supervise::{State, Supervisor};
@@ -58,14 +63,26 @@ pub fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(PROBE_ARGUMENT) {
         return probe::main();
     }
-    let channel = match Channel::inherited() {
-        Ok(channel) => Arc::new(channel),
+    let unusable = |what: &str, why: &dyn std::error::Error| {
+        eprintln!("{PROGRAM_NAME}: {what}: {}", with_causes(why));
+        ExitCode::from(EXIT_UNUSABLE)
+    };
+    let Jailed { prepared: kvm, stdin } = match kiln_jail::enter(prepare) {
+        Ok(jailed) => jailed,
         Err(error) => {
-            eprintln!("{PROGRAM_NAME}: no control channel: {error}");
-            return ExitCode::from(EXIT_UNUSABLE);
+            let failure = Failure::host("cannot jail the machine's process", &error).with_hint(error.hint());
+            if let Ok(channel) = stdin().as_fd().try_clone_to_owned().and_then(Channel::inherited) {
+                // A host that has gone needs no word.
+                let _ = refuse(&channel, failure);
+            }
+            return unusable("no jail", &error);
         }
     };
-    match serve(&channel, spawned) {
+    let channel = match Channel::inherited(stdin) {
+        Ok(channel) => Arc::new(channel),
+        Err(error) => return unusable("no control channel", &error),
+    };
+    match serve(&channel, kvm, spawned) {
         // The host is gone: nobody is left to report to, and the end of the process ends the machine.
         Err(ChannelError::Closed) | Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -75,14 +92,33 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Gets at all that a machine needs and that is not in the jail: the host's KVM, of the descriptor it gave for it, and what of
+/// this process and this host is only to be had from files.
+fn prepare(files: Vec<OwnedFd>) -> Result<Kvm, Failure> {
+    host::is_pvm();
+    kiln_memory::open_page_map()
+        .map_err(|error| Failure::host("cannot open this process's page table", &error))?;
+    Ok(Kvm::from_device(device(files)?).map_err(ShellError::from)?)
+}
+
+/// The one descriptor beside the standard streams: /dev/kvm.
+fn device(files: Vec<OwnedFd>) -> Result<OwnedFd, Failure> {
+    let only = <[OwnedFd; 1]>::try_from(files).map(|[device]| device);
+    only.map_err(|files| Failure::new(Blame::Kiln, format!("{} devices were given, not one", files.len())))
+}
+
 /// The life of one machine. An error is one of the channel.
-fn serve(channel: &Arc<Channel>, spawned: Nanoseconds) -> Result<(), ChannelError> {
+fn serve(
+    channel: &Arc<Channel>,
+    kvm: Result<Kvm, Failure>,
+    spawned: Nanoseconds,
+) -> Result<(), ChannelError> {
     let (order, files) = receive_order(channel)?;
     let ordered = monotonic();
     let reporter = Reporter::new(channel, spawned);
-    let kvm = match Kvm::open() {
+    let kvm = match kvm {
         Ok(kvm) => kvm,
-        Err(error) => return refuse(channel, ShellError::from(error).into()),
+        Err(failure) => return refuse(channel, failure),
     };
     let supervisor = |ports| Supervisor {
         channel,
@@ -141,15 +177,24 @@ fn refuse(channel: &Channel, failure: Failure) -> Result<(), ChannelError> {
     send(channel, Happened::Failed(failure.into()))
 }
 
+/// Bounds this process to what a machine of this shape needs, whose largest disk has so many bytes.
+fn confine(shape: Shape, disk_bytes: u64) -> Result<(), Failure> {
+    let memory_bytes = shape.memory_bytes();
+    // Besides its disks it writes what is saved of its memory.
+    kiln_jail::confine(memory_bytes, disk_bytes.max(memory_bytes))
+        .map_err(|error| Failure::host("cannot bound this process", &error))
+}
+
 /// Makes the machine and enters the guest.
 fn boot(
     kvm: &Kvm,
     plan: BootPlan,
     reporter: &Arc<Reporter>,
 ) -> Result<(Machine<Kvm>, kiln_virtio::VsockPorts), Failure> {
+    confine(plan.shape, plan.devices.writable_bytes)?;
     let shell = Shell::create(kvm, plan.shape)?;
     let kernel = boot::load_kernel(shell.memory(), &plan.kernel)?;
-    let Devices { virtio, ports } = plan.devices;
+    let Devices { virtio, ports, .. } = plan.devices;
     let entry = boot::prepare(
         shell.memory(),
         &kernel,

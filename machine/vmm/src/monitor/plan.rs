@@ -43,6 +43,8 @@ pub(super) struct RestorePlan {
 pub(super) struct Devices {
     pub(super) virtio: Vec<Box<dyn Device>>,
     pub(super) ports: VsockPorts,
+    /// Where the largest file ends that a disk may write to.
+    pub(super) writable_bytes: u64,
 }
 
 impl BootPlan {
@@ -92,7 +94,9 @@ impl Devices {
         let (vsock, ports) = Vsock::new(cid);
         virtio.push(Box::new(vsock));
         virtio.push(Box::new(Rng::new()));
-        Ok(Self { virtio, ports })
+        let writable = disks.iter().filter(|disk| !disk.read_only).flat_map(|disk| &disk.extents);
+        let ends = writable.map(|extent| extent.offset.saturating_add(extent.length));
+        Ok(Self { virtio, ports, writable_bytes: ends.max().unwrap_or(0) })
     }
 }
 

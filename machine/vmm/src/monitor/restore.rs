@@ -40,6 +40,7 @@ pub(super) fn restore(
         return Err(Failure::new(Blame::Caller, "the snapshot's header is another machine's"));
     }
 
+    super::confine(state.shape, devices.writable_bytes)?;
     let shell = Shell::create(kvm, state.shape)?;
     shell.memory().overlay(&memory).map_err(|error| match error.kind() {
         io::ErrorKind::InvalidData => {
@@ -48,7 +49,7 @@ pub(super) fn restore(
         _ => Failure::host("cannot map the snapshot's memory", &error),
     })?;
     let console = Console::new(console).map_err(|error| Failure::host("cannot start the console", &error))?;
-    let Devices { virtio, ports } = devices;
+    let Devices { virtio, ports, .. } = devices;
     let observer = reporter.observer();
     let mut paused = Paused::restore(shell, &state, console, virtio, observer)?;
     reporter.watches(paused.memory());
@@ -67,7 +68,7 @@ pub(super) fn save_state(
     mut file: &File,
 ) -> Result<(), Failure> {
     let header = Header {
-        memory_bytes: u64::from(state.shape.memory_mib()) << 20,
+        memory_bytes: state.shape.memory_bytes(),
         vcpus: state.shape.vcpus().into(),
         vmm: VERSION.into(),
         cpu: class(kvm)?,

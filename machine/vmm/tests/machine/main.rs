@@ -5,6 +5,7 @@
 
 mod exits;
 mod guest;
+mod jail;
 mod kernel_files;
 mod linux;
 mod monitor;

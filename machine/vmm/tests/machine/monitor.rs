@@ -1,13 +1,16 @@
 //! The monitor program: one process, one machine, one channel.
 
+use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::process::{Child, Command, ExitStatus};
+use std::path::Path;
+use std::process::{Command, ExitStatus};
 
 use kiln_control::{
     Blame, Channel, ChannelError, Command as Order, Connect, Disk, Do, EndReason, Ended, Event, Extent,
     Failed, Files, Happened, Start, Stop,
 };
+use kiln_jail::{Child, Launch};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::guest::{Guest, file};
@@ -22,21 +25,32 @@ pub(crate) struct Monitor {
 
 impl Monitor {
     pub(crate) fn spawn() -> Self {
+        Self::spawn_with(std::io::stderr().as_fd())
+    }
+
+    fn spawn_with(stderr: BorrowedFd<'_>) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .expect("a pair");
-        // The shell leaks a descriptor of its own, as careless hosts do.
-        let child = Command::new("/bin/sh")
-            .args(["-c", "exec \"$0\" 9<\"$0\"", PROGRAM])
-            .stdin(theirs)
-            .spawn()
-            .expect("a process");
+        // One that a program which is executed would inherit, as careless hosts have them.
+        let _leaked = rustix::io::dup(File::open(PROGRAM).expect("the program")).expect("a descriptor");
+        let child = jailed(&[], theirs.as_fd(), std::io::stdout().as_fd(), stderr);
         Self { child, channel: Channel::new(ours) }
     }
 
     pub(crate) fn start(kernel: &[u8]) -> Self {
         let monitor = Self::spawn();
         monitor.order(Do::Start(start()), &[file(kernel), file(b"an archive")]);
+        monitor
+    }
+
+    /// One whose guest says that it is ready, and what it says itself goes to `stderr`.
+    pub(crate) fn running_with_stderr(kernel: &[u8], stderr: OwnedFd) -> Self {
+        let monitor = Self::spawn_with(stderr.as_fd());
+        // It is the monitor's alone, so that it reads to its end when that has ended.
+        drop(stderr);
+        monitor.order(Do::Start(start()), &[file(kernel), file(b"an archive")]);
+        while !matches!(monitor.event(), Happened::Ready(_)) {}
         monitor
     }
 
@@ -63,10 +77,28 @@ impl Monitor {
         failed
     }
 
-    pub(crate) fn exit(mut self) -> ExitStatus {
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn exit(self) -> ExitStatus {
         drop(self.channel);
         self.child.wait().expect("it exits")
     }
+}
+
+/// The program as its host starts it.
+fn jailed(
+    arguments: &[&str],
+    stdin: BorrowedFd<'_>,
+    stdout: BorrowedFd<'_>,
+    stderr: BorrowedFd<'_>,
+) -> Child {
+    let device = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let device = device.expect("these tests need KVM: a readable and writable /dev/kvm");
+    let args: Vec<&str> = ["kiln-monitor"].into_iter().chain(arguments.iter().copied()).collect();
+    let fds = [stdin, stdout, stderr, device.as_fd()];
+    kiln_jail::spawn(&Launch { program: Path::new(PROGRAM), args: &args, fds: &fds }).expect("a process")
 }
 
 fn start() -> Start {
@@ -255,10 +287,13 @@ fn the_monitor_keeps_no_descriptor_it_was_not_given() {
 
 #[test]
 fn the_probe_says_that_this_host_can_make_a_machine() {
-    let output = Command::new(PROGRAM).arg("--probe").output().expect("it runs");
-    let text = String::from_utf8(output.stdout).expect("text");
-    assert!(output.status.success(), "{text}");
-    for line in ["kvm.open=ok", "kvm.api_version=12", "kvm.create_vm=ok"] {
+    let (mut reading, stdout) = std::io::pipe().expect("a pipe");
+    let child = jailed(&["--probe"], std::io::stdin().as_fd(), stdout.as_fd(), std::io::stderr().as_fd());
+    drop(stdout);
+    let mut text = String::new();
+    reading.read_to_string(&mut text).expect("text");
+    assert!(child.wait().expect("it exits").success(), "{text}");
+    for line in ["jail=ok", "kvm.open=ok", "kvm.api_version=12", "kvm.create_vm=ok"] {
         assert!(text.lines().any(|have| have == line), "{line} in {text}");
     }
     assert!(!text.contains("kvm.missing"), "{text}");
@@ -266,7 +301,21 @@ fn the_probe_says_that_this_host_can_make_a_machine() {
 
 #[test]
 fn without_a_channel_the_program_says_so() {
-    let output = Command::new("/bin/sh").args(["-c", "exec \"$0\" <&-", PROGRAM]).output().expect("it runs");
+    let null = File::open("/dev/null").expect("/dev/null");
+    let (mut reading, stderr) = std::io::pipe().expect("a pipe");
+    let fds = [null.as_fd(), null.as_fd(), stderr.as_fd(), null.as_fd()];
+    let launch = Launch { program: Path::new(PROGRAM), args: &["kiln-monitor"], fds: &fds };
+    let child = kiln_jail::spawn(&launch).expect("a process");
+    drop(stderr);
+    let mut text = String::new();
+    reading.read_to_string(&mut text).expect("text");
+    assert_eq!(child.wait().expect("it exits").code(), Some(125));
+    assert!(text.contains("no control channel"), "{text}");
+}
+
+#[test]
+fn a_monitor_that_was_not_started_into_a_jail_does_not_run() {
+    let output = Command::new(PROGRAM).output().expect("it runs");
     assert_eq!(output.status.code(), Some(125));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("no control channel"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot enter the jail"));
 }

@@ -1,0 +1,169 @@
+//! A monitor's process: started into its jail, waited for, killed.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram as StdDatagram;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::sync::Arc;
+
+use kiln_jail::{Child, Launch, SpawnError};
+use tokio::io::Interest;
+use tokio::net::UnixDatagram;
+use tokio::net::unix::pipe;
+use tokio::runtime::Handle;
+
+use super::{MONITOR_NAME, MachineEnd, MonitorError, MonitorProgram};
+use crate::Blame;
+
+/// What machines are made by. A monitor cannot open it, so it is given it.
+const DEVICE: &str = "/dev/kvm";
+const NULL: &str = "/dev/null";
+
+/// Why there is no process. The host is to blame.
+#[derive(Debug)]
+pub(super) enum StartError {
+    /// This user may not use KVM, or there is none.
+    Device(io::Error),
+    /// This user may not make namespaces.
+    Namespaces(io::Error),
+    /// The program cannot be executed.
+    Execute(PathBuf, io::Error),
+    /// The host is out of something.
+    Setup(io::Error),
+}
+
+/// A process in its jail; dropping it kills it.
+#[derive(Debug)]
+pub(super) struct Process {
+    /// `None` once it has been waited for.
+    running: Option<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    /// The same descriptor, for tokio's word on when it is readable: when the process has ended. tokio has no type for it that
+    /// safe code can make, but neither does readiness differ from that of a socket.
+    readiness: UnixDatagram,
+}
+
+impl Process {
+    /// Starts `program` as a monitor with these arguments, `stdin` and `stdout`, and returns what reads its stderr.
+    pub(super) fn start(
+        program: &MonitorProgram,
+        arguments: &[&str],
+        stdin: &impl AsFd,
+        stdout: &impl AsFd,
+    ) -> Result<(Self, pipe::Receiver), StartError> {
+        let device = OpenOptions::new().read(true).write(true).open(DEVICE).map_err(StartError::Device)?;
+        let (reading, stderr) = io::pipe().map_err(StartError::Setup)?;
+        let reading = pipe::Receiver::from_owned_fd(reading.into()).map_err(StartError::Setup)?;
+        let mut args = vec![MONITOR_NAME];
+        args.extend(arguments);
+        let fds = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd(), device.as_fd()];
+        let child = kiln_jail::spawn(&Launch { program: program.path(), args: &args, fds: &fds });
+        let child = child.map_err(|error| match error {
+            SpawnError::Namespaces(source) => StartError::Namespaces(source),
+            SpawnError::Execute(source) => StartError::Execute(program.path().into(), source),
+            SpawnError::Host(source) => StartError::Setup(source),
+        })?;
+        match readiness(&child) {
+            Ok(readiness) => Ok((Self { running: Some(Running { child, readiness }) }, reading)),
+            Err(error) => {
+                let _ = child.kill().and_then(|()| child.wait());
+                Err(StartError::Setup(error))
+            }
+        }
+    }
+
+    /// Waits for its end, and says how that was: once. Can be cancelled.
+    pub(super) async fn wait(&mut self) -> io::Result<ExitStatus> {
+        let Some(running) = &self.running else { return Err(io::ErrorKind::NotFound.into()) };
+        let status = running.ended().await;
+        self.running = None;
+        status
+    }
+
+    /// Kills it.
+    pub(super) fn kill(&self) -> io::Result<()> {
+        self.running.as_ref().map_or(Ok(()), |running| running.child.kill())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let Some(running) = self.running.take() else { return };
+        // One that cannot be killed has ended.
+        let _ = running.child.kill();
+        // So that nothing is left of it. Where no runtime is left that could wait, this process goes as well.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move { running.ended().await });
+        }
+    }
+}
+
+impl Running {
+    async fn ended(&self) -> io::Result<ExitStatus> {
+        let wait = || self.child.try_wait()?.ok_or_else(|| io::ErrorKind::WouldBlock.into());
+        self.readiness.async_io(Interest::READABLE, wait).await
+    }
+}
+
+fn readiness(child: &Child) -> io::Result<UnixDatagram> {
+    let descriptor = child.as_fd().try_clone_to_owned()?;
+    rustix::io::ioctl_fionbio(&descriptor, true)?;
+    UnixDatagram::from_std(StdDatagram::from(descriptor))
+}
+
+/// A stream that is nothing.
+pub(super) fn null() -> Result<File, StartError> {
+    OpenOptions::new().read(true).write(true).open(NULL).map_err(StartError::Setup)
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Device(error) => write!(formatter, "cannot open {DEVICE}: {error}"),
+            Self::Namespaces(error) => {
+                write!(formatter, "cannot make the namespaces of a machine's process: {error}")
+            }
+            Self::Execute(path, error) => write!(formatter, "cannot execute {}: {error}", path.display()),
+            Self::Setup(error) => write!(formatter, "cannot start a process: {error}"),
+        }
+    }
+}
+
+impl StartError {
+    /// What would help, or empty.
+    fn hint(&self) -> &'static str {
+        let Self::Device(error) = self else {
+            return "kiln doctor says whether this user may make namespaces, and what would help";
+        };
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                "add yourself to the group that owns /dev/kvm, usually kvm: sudo usermod -aG kvm $USER, then log in again"
+            }
+            io::ErrorKind::NotFound => {
+                "enable virtualization in the firmware and load kvm_intel or kvm_amd; in a VM, enable nested virtualization"
+            }
+            _ => "",
+        }
+    }
+}
+
+impl From<StartError> for MonitorError {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Execute(path, source) => Self::Spawn { path, source },
+            StartError::Setup(source) => Self::Setup(source),
+            // What the host lacks for any machine is a machine's end that never began.
+            StartError::Device(_) | StartError::Namespaces(_) => {
+                let (message, hint) = (error.to_string(), error.hint().to_owned());
+                Arc::new(MachineEnd::Failed { blame: Blame::Host, message, hint }).into()
+            }
+        }
+    }
+}
