@@ -80,7 +80,7 @@ fn the_examples_of_the_readme_work() {
 
 #[test]
 fn the_examples_of_the_guide_work() {
-    for document in ["docs/guide/running.md", "docs/guide/baking.md"] {
+    for document in ["docs/guide/running.md", "docs/guide/baking.md", "docs/guide/security.md"] {
         check(document, &[("demo", image::busybox().expect("the image"))]);
     }
 }

@@ -13,6 +13,7 @@ mod disk;
 mod exit;
 mod guide;
 mod images;
+mod jail;
 mod lifetime;
 mod machine;
 mod nasty;
