@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A command whose connection is lost is abandoned, which is to be killed. A guest that is asked to park keeps the
-//! connections of running commands and closes all others ([`parking`]). It may go on as another guest, whose host knows
+//! connections of running commands and closes all others (`parking.rs`). It may go on as another guest, whose host knows
 //! nothing of them: a command of an earlier life whose connection is lost is detached, and runs on with nobody at its
 //! streams.
 //!

@@ -62,7 +62,7 @@ fn step(step: &'static str, result: impl Into<i64>) -> Result<(), EnterError> {
     Err(EnterError { step, source: io::Error::last_os_error(), hint: DOCTOR })
 }
 
-/// Jails this process, which [`spawn`](crate::spawn) has started, for good.
+/// Jails this process, which [`spawn`](crate::spawn()) has started, for good.
 ///
 /// To be called first in `main`, before there is a thread. `prepare` gets the descriptors from 3 on that the host gave, in order,
 /// and opens what is needed of the file system: as the user that the process stays, while there still are files, and before it can

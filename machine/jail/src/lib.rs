@@ -13,7 +13,7 @@
 //! ([`calls::CALLS`]), and *limits* on memory, files and threads. There is no way to leave one out.
 //!
 //! Nothing is opened by path in a jail: files come as descriptors, and what little of `/proc` and `/sys` a monitor needs,
-//! it opens while [`enter`] lets it.
+//! it opens while [`enter`](enter()) lets it.
 
 mod calls;
 mod enter;

@@ -72,7 +72,7 @@ struct Plan<'a> {
 const FAILED_SETUP: c_int = 1;
 const FAILED_EXECUTE: c_int = 2;
 
-/// Starts a process that is to [`enter`](crate::enter) its jail first of all.
+/// Starts a process that is to [`enter`](crate::enter()) its jail first of all.
 ///
 /// It is alone in a pid namespace, and in a user namespace in which nobody's ids mean anything; of a host that is root, the
 /// latter comes in `enter`, since only a process that has given root up can make one that is not root's. It leads a session, has
