@@ -289,9 +289,9 @@ pub(crate) struct Ready {
     /// The same as soon as this path is there in the guest
     #[arg(long = "ready-file", value_name = "PATH", value_parser = quantity::guest_path)]
     pub(crate) file: Option<String>,
-    /// The same as soon as it has written this text, exactly so, to stdout or stderr
-    #[arg(long = "ready-log", value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    pub(crate) log: Option<String>,
+    /// The same as soon as it has written a line that matches this regular expression to stdout or stderr
+    #[arg(long = "ready-log", value_name = "REGEX")]
+    pub(crate) log: Option<kiln::LogPattern>,
 }
 
 /// `kiln bake`.

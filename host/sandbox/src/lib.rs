@@ -28,7 +28,9 @@ pub use kiln_store as store;
 pub use kiln_support::causes::with_causes;
 pub use kiln_support::digest::Digest;
 pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram, RestoreTimes};
-pub use snapshot::{Bake, BakeError, HostFile, HostFileError, SnapshotError, Trigger, verify};
+pub use snapshot::{
+    Bake, BakeError, HostFile, HostFileError, LogPattern, LogPatternError, SnapshotError, Trigger, verify,
+};
 pub use vm::{
     ExecBuilder, ExecError, MEMORY_MIN_MIB, MachineCopy, Output, Phase, Standstill, Times, VCPUS_MAX, Vm,
     VmBuilder, VmError,

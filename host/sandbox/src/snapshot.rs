@@ -21,7 +21,7 @@ use kiln_store::{Session, Snapshot, SnapshotImage, SnapshotRecord, Store, StoreE
 use kiln_support::digest::{Digest, Hasher};
 
 pub(crate) use content::Content;
-pub use content::{HostFile, HostFileError, Trigger};
+pub use content::{HostFile, HostFileError, LogPattern, LogPatternError, Trigger};
 pub use error::{BakeError, SnapshotError};
 pub(crate) use park::{go_on, park, state_order};
 pub use restore::verify;

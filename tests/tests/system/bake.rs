@@ -157,7 +157,8 @@ fn a_service_answers_in_every_clone() {
 fn a_service_is_saved_when_its_file_or_its_words_appear() {
     let program = "mkdir -p /srv/state; echo one line; sleep 1; touch /srv/state/up; echo ready to serve >&2; \
                    while :; do sleep 1; echo tick; echo tick >>/srv/ticks; done";
-    for (option, value) in [("--ready-file", "/srv/state/up"), ("--ready-log", "ready to ser")] {
+    for (option, value) in [("--ready-file", "/srv/state/up"), ("--ready-log", "^[a-z ]*ready to ser(ve|f)")]
+    {
         for init in [&[][..], &["--init"]] {
             let options = ["--scratch-size", "3105m", "--name", "ticks", option, value];
             record(&bake(&[&options[..], init].concat(), &["sh", "-c", program]));
@@ -200,9 +201,13 @@ fn what_does_not_go_together_is_told() {
     bake(&["--ready-port", "80", "--ready-file", "/x"], &[]).code(2).complains("cannot be used with");
     bake(&[], &["a-command"]).code(2).complains("--ready-");
     bake(&["--ready-timeout", "1s"], &[]).code(2).complains("--ready-");
-    for wrong in
-        [["--ready-port", "0"], ["--ready-port", "65536"], ["--ready-file", "x"], ["--ready-log", ""]]
-    {
+    for wrong in [
+        ["--ready-port", "0"],
+        ["--ready-port", "65536"],
+        ["--ready-file", "x"],
+        ["--ready-log", ""],
+        ["--ready-log", "up("],
+    ] {
         bake(&wrong, &[]).code(2);
     }
 }

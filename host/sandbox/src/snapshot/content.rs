@@ -5,10 +5,12 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use kiln_protocol::{AGENT_PORT, Call, MAX_FILE_BYTES, MAX_FILE_PART_BYTES, Outcome, RemoveFile, WriteFile};
 use kiln_support::digest::{Digest, Hasher};
+use regex_lite::Regex;
 use rustix::fs::OFlags;
 
 use super::BakeError;
@@ -58,9 +60,55 @@ pub enum Trigger {
     Port(u16),
     /// Something has this absolute path in the guest.
     File(String),
-    /// It writes this to its stdout or its stderr; matched byte for byte, and not empty.
-    Log(String),
+    /// It writes such a line to its stdout or its stderr.
+    Log(LogPattern),
 }
+
+/// A regular expression that a line of output matches, or as much of one as has been written: its first 16 KiB, what is not UTF-8
+/// replaced.
+#[derive(Clone, Debug)]
+pub struct LogPattern(Regex);
+
+/// Not a regular expression, or one that would match anything. Whoever wrote it is to blame.
+#[derive(Debug, thiserror::Error)]
+pub enum LogPatternError {
+    /// Its syntax is wrong, or it is too large.
+    #[error("not a regular expression")]
+    Syntax(#[from] regex_lite::Error),
+    /// It matches what is empty, so it says nothing.
+    #[error("a regular expression that matches an empty line")]
+    Empty,
+}
+
+impl FromStr for LogPattern {
+    type Err = LogPatternError;
+
+    fn from_str(text: &str) -> Result<Self, LogPatternError> {
+        let regex = Regex::new(text)?;
+        if regex.is_match("") {
+            return Err(LogPatternError::Empty);
+        }
+        Ok(Self(regex))
+    }
+}
+
+impl LogPattern {
+    pub(super) fn matches(&self, line: &str) -> bool {
+        self.0.is_match(line)
+    }
+
+    pub(super) fn text(&self) -> &str {
+        self.0.as_str()
+    }
+}
+
+impl PartialEq for LogPattern {
+    fn eq(&self, other: &Self) -> bool {
+        self.text() == other.text()
+    }
+}
+
+impl Eq for LogPattern {}
 
 impl Trigger {
     /// What is missing as long as it has not come about.
@@ -68,7 +116,7 @@ impl Trigger {
         match self {
             Self::Port(port) => format!("listener on port {port}"),
             Self::File(path) => format!("file {path}"),
-            Self::Log(text) => format!("'{text}' in its output"),
+            Self::Log(pattern) => format!("'{}' in its output", pattern.text()),
         }
     }
 }

@@ -101,9 +101,9 @@ fn template(base: Digest, builder: &VmBuilder, snapshots: &Snapshots) -> Digest 
                 key.text("file");
                 key.text(path);
             }
-            Trigger::Log(text) => {
+            Trigger::Log(pattern) => {
                 key.text("log");
-                key.text(text);
+                key.text(pattern.text());
             }
         }
     }
@@ -273,7 +273,7 @@ mod tests {
             service("two", Trigger::Port(1)),
             service("one", Trigger::Port(2)),
             service("one", Trigger::File("/a".into())),
-            service("one", Trigger::Log("/a".into())),
+            service("one", Trigger::Log("/a".parse().expect("a pattern"))),
             plain().scratch(disk(1 << 30)),
             plain().scratch(disk(2 << 30)),
             plain().scratch(Scratch::ReadOnly),

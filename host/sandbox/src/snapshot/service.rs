@@ -10,13 +10,15 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::BakeError;
-use super::content::{Service, Trigger, ask, shown};
+use super::content::{LogPattern, Service, Trigger, ask, shown};
 use crate::agent::{Child, ExitStatus};
 use crate::monitor::Monitor;
 use crate::vm::{ExecBuilder, ExecError, VmError};
 
 /// How much of what it wrote is shown, in bytes.
 const TAIL_BYTES: usize = 2000;
+/// How much of a line is looked at.
+const LINE_BYTES_MAX: usize = 16 << 10;
 /// How much of its output is read at a time.
 const READ_BYTES: usize = 32 << 10;
 
@@ -85,7 +87,7 @@ impl<'a> Running<'a> {
         let (found, written) = watch::channel(false);
         let mut readers = JoinSet::new();
         let search = || match &service.trigger {
-            Trigger::Log(text) => Some(Search::new(text.as_bytes())),
+            Trigger::Log(pattern) => Some(Search { pattern: pattern.clone(), line: Vec::new() }),
             Trigger::Port(_) | Trigger::File(_) => None,
         };
         if let Some(stdout) = child.stdout.take() {
@@ -163,25 +165,26 @@ async fn read(
     }
 }
 
-/// Looks for a text in a stream that comes in pieces.
+/// Looks for a line in a stream that comes in pieces.
 struct Search {
-    text: Vec<u8>,
-    /// The end of what came before, shorter than the text.
-    kept: Vec<u8>,
+    pattern: LogPattern,
+    /// The line that has not ended, as far as it is looked at.
+    line: Vec<u8>,
 }
 
 impl Search {
-    fn new(text: &[u8]) -> Self {
-        Self { text: text.to_owned(), kept: Vec::new() }
-    }
-
     fn finds(&mut self, piece: &[u8]) -> bool {
-        self.kept.extend_from_slice(piece);
-        if self.kept.windows(self.text.len().max(1)).any(|window| window == self.text) {
-            return true;
+        for part in piece.split_inclusive(|byte| *byte == b'\n') {
+            let text = part.strip_suffix(b"\n").unwrap_or(part);
+            let room = LINE_BYTES_MAX - self.line.len();
+            self.line.extend_from_slice(&text[..text.len().min(room)]);
+            if self.pattern.matches(&String::from_utf8_lossy(&self.line)) {
+                return true;
+            }
+            if text.len() < part.len() {
+                self.line.clear();
+            }
         }
-        let surplus = self.kept.len().saturating_sub(self.text.len().saturating_sub(1));
-        self.kept.drain(..surplus);
         false
     }
 }
@@ -190,23 +193,34 @@ impl Search {
 mod tests {
     use super::*;
 
+    fn search(pattern: &str) -> Search {
+        Search { pattern: pattern.parse().expect("a pattern"), line: Vec::new() }
+    }
+
     #[test]
-    fn a_text_is_found_however_a_stream_is_cut() {
-        let stream = b"abcabd ready\nready";
+    fn a_line_is_found_however_a_stream_is_cut() {
+        let stream = b"abcabd ready\nlistening on [::]:8080";
         for size in 1..=stream.len() {
-            for (text, is_there) in
-                [("abd", true), ("abcabd ready\nready", true), ("readyy", false), ("y", true)]
-            {
-                let mut search = Search::new(text.as_bytes());
+            for (pattern, is_there) in [
+                ("abd", true),
+                ("^listening on .*:[0-9]+", true),
+                ("ready.listening", false),
+                ("^ready", false),
+            ] {
+                let mut search = search(pattern);
                 let found = stream.chunks(size).any(|piece| search.finds(piece));
-                assert_eq!(found, is_there, "{text} in pieces of {size}");
-                assert!(search.kept.len() <= stream.len());
+                assert_eq!(found, is_there, "{pattern} in pieces of {size}");
             }
         }
-        let mut search = Search::new(b"never");
+    }
+
+    #[test]
+    fn of_a_line_without_an_end_only_the_start_is_kept() {
+        let mut search = search("never");
         for _ in 0..1000 {
-            assert!(!search.finds(b"neve"));
-            assert!(search.kept.len() < 5);
+            assert!(!search.finds(&[b'x'; 1000]));
+            assert!(search.line.len() <= LINE_BYTES_MAX);
         }
+        assert!(search.finds(b"\nnever"));
     }
 }
