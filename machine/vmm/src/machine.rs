@@ -16,6 +16,7 @@ use crate::console::{Console, ConsoleInput};
 use crate::control::{Control, End};
 use crate::devices::{Devices, Effect, Ioapic, power};
 use crate::host;
+use crate::mailbox;
 use crate::paused::{Parking, Paused};
 use crate::shell::{Shape, Shell};
 
@@ -169,10 +170,14 @@ impl<H: Hypervisor> Paused<H> {
         machine.shared.devices.resume();
         machine.shared.control.resume();
         for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let shared = Arc::clone(&machine.shared);
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu {index}"))
-                .spawn(move || shared.run(index, vcpu))?;
+            let (shared, memory) = (Arc::clone(&machine.shared), machine.memory.clone());
+            let thread = std::thread::Builder::new().name(format!("vcpu {index}")).spawn(move || {
+                if shared.has_mail.load(Ordering::Acquire) {
+                    // Where mail is there is memory for it.
+                    let _ = mailbox::tell_time(&memory);
+                }
+                shared.run(index, vcpu)
+            })?;
             machine.threads.push(thread);
         }
         Ok(machine)

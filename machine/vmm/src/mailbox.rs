@@ -50,9 +50,14 @@ pub(crate) fn put(memory: &GuestMemory, generation: &[u8]) -> Result<Id, MailErr
         return Err(MailError::NoId);
     }
     mail[ACKNOWLEDGED_AT..ACKNOWLEDGED_AT + 16].fill(0);
-    mail[REALTIME_AT..REALTIME_AT + 8].copy_from_slice(&realtime().0.to_le_bytes());
     memory.write(MAILBOX, &mail)?;
+    tell_time(memory)?;
     Ok(id)
+}
+
+/// Puts the time it is now into the mailbox: as late as can be, for a host may let a thread wait.
+pub(crate) fn tell_time(memory: &GuestMemory) -> Result<(), OutOfRange> {
+    memory.write(Gpa(MAILBOX.0 + REALTIME_AT as u64), &realtime().0.to_le_bytes())
 }
 
 /// Puts a rehearsal into the mailbox of a guest that stands still.
