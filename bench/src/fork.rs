@@ -24,12 +24,12 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
     if !pulled.context("cannot start kiln")?.success() {
         bail!("kiln pull failed");
     }
-    let folder = std::env::var_os("KILN_TEST_GUEST").context("KILN_TEST_GUEST is not set")?;
+    let folder = crate::guest()?;
     let store = Store::open(&root)?;
     let image = kiln::image::find(&store, &name, None)?;
     let program = kiln()?;
     let builder = || -> Result<VmBuilder> {
-        Ok(Vm::builder(GuestBundle::from_dir(folder.as_ref())?, Disk::from_image(&image)?)
+        Ok(Vm::builder(GuestBundle::from_dir(&folder)?, Disk::from_image(&image)?)
             .monitor_program(MonitorProgram::at(&program))
             .memory_mib(MEMORY_MIB)
             .scratch(Scratch::Disk { folder: root.clone(), size_bytes: 10 << 30 })

@@ -59,7 +59,16 @@ fn main() -> Result<()> {
 
 /// The `kiln` to measure.
 fn kiln() -> Result<PathBuf> {
-    std::env::var_os("KILN")
-        .map(PathBuf::from)
-        .context("KILN is not set: benchmarks are run by `cargo xtask bench`")
+    given("KILN")
+}
+
+/// The folder with the guest to measure.
+fn guest() -> Result<PathBuf> {
+    given("KILN_TEST_GUEST")
+}
+
+/// What `cargo xtask bench` names by this variable.
+fn given(variable: &str) -> Result<PathBuf> {
+    let path = std::env::var_os(variable).map(PathBuf::from);
+    path.with_context(|| format!("{variable} is not set: benchmarks are run by `cargo xtask bench`"))
 }

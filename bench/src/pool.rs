@@ -1,9 +1,8 @@
 //! Guests in wait: how soon one answers, what it takes to have one wait, and to make a used one as good as new.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use kiln_testkit::guest::Guest;
 
 use crate::report::Report;
@@ -14,8 +13,7 @@ const MEMORY_MIB: u32 = 256;
 const WRITTEN_PAGES: [u64; 4] = [0, 100, 1000, 10_000];
 
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
-    let folder = std::env::var_os("KILN_TEST_GUEST").map(PathBuf::from);
-    let folder = folder.context("KILN_TEST_GUEST is not set: benchmarks are run by `cargo xtask bench`")?;
+    let folder = crate::guest()?;
     let saved = Guest::boot(&folder, MEMORY_MIB, 1)?.park()?.save()?;
     report.note(format!("{MEMORY_MIB} MiB, 1 vCPU; in this process: without the way to a monitor and back"));
     for run in 0..runs as u64 {

@@ -19,8 +19,7 @@ const MEMORY_MIB: u32 = 256;
 const VCPUS: u32 = 1;
 
 pub(crate) fn run(report: &mut Report, runs: usize, firecracker: Option<&Path>) -> Result<()> {
-    let folder = std::env::var_os("KILN_TEST_GUEST").map(PathBuf::from);
-    let folder = folder.context("KILN_TEST_GUEST is not set: benchmarks are run by `cargo xtask bench`")?;
+    let folder = crate::guest()?;
     let start = Instant::now();
     let mut guest = Guest::boot(&folder, MEMORY_MIB, VCPUS)?;
     report.add("boot: start -> agent listens", "ms", milliseconds(start));
@@ -79,7 +78,7 @@ fn processes(
     let place = tempfile::tempdir().context("a folder")?;
     let files = parked.write_to(place.path())?;
     let theirs = firecracker.map(|program| -> Result<Firecracker> {
-        let probe = std::env::var_os("KILN_PROBE").map(PathBuf::from).context("KILN_PROBE is not set")?;
+        let probe = crate::given("KILN_PROBE")?;
         let folder = place.path().join("firecracker");
         std::fs::create_dir(&folder).context("a folder")?;
         let theirs = Firecracker::prepare(program, &guest.join("vmlinux"), &probe, &folder, MEMORY_MIB)?;

@@ -1,29 +1,26 @@
 //! A guest is saved, standing still and running; Firecracker saves its own of the same size in turn.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use kiln_testkit::guest::Guest;
 
 use crate::firecracker::Firecracker;
+use crate::given;
 use crate::report::Report;
 
 const MEMORY_MIB: u32 = 256;
 
 pub(crate) fn run(report: &mut Report, runs: usize, firecracker: Option<&Path>) -> Result<()> {
-    let variable = |name: &str| {
-        let path = std::env::var_os(name).map(PathBuf::from);
-        path.with_context(|| format!("{name} is not set: benchmarks are run by `cargo xtask bench`"))
-    };
-    let folder = variable("KILN_TEST_GUEST")?;
+    let folder = crate::guest()?;
     let place = tempfile::tempdir().context("a folder")?;
     let mut guest = Guest::boot(&folder, MEMORY_MIB, 1)?;
     let mut theirs = match firecracker {
         Some(program) => Some(Firecracker::boot(
             program,
             &folder.join("vmlinux"),
-            &variable("KILN_PROBE")?,
+            &given("KILN_PROBE")?,
             place.path(),
             MEMORY_MIB,
         )?),

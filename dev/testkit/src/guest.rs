@@ -281,6 +281,18 @@ impl Guest {
         Ok(true)
     }
 
+    /// Ends the guest and has the next of `saved` wait in its machine, whatever this one has done to it; how long that took.
+    ///
+    /// # Errors
+    /// When it has ended, or `saved` cannot be restored there.
+    pub fn recycle(self, saved: &Saved) -> Result<(InWait, Duration)> {
+        let start = Instant::now();
+        let paused =
+            self.machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
+        let next = saved.wait_in(paused.into_shell()?, &saved.state()?)?;
+        Ok((next, start.elapsed()))
+    }
+
     fn lost(&self, what: &str) -> anyhow::Error {
         let console = self.console.tail(CONSOLE_TAIL_BYTES);
         anyhow!("{what}; its last words:\n{}", String::from_utf8_lossy(&console))
@@ -294,7 +306,7 @@ impl InWait {
     /// When it has fewer.
     pub fn write_pages(&self, pages: u64) -> Result<()> {
         for page in 0..pages {
-            let at = Gpa((16 << 20) + page * 4096);
+            let at = Gpa((16 << 20) + page * PAGE_BYTES as u64);
             let memory = self.paused.memory();
             memory.write(at, &memory.read_array::<8>(at)?)?;
         }
@@ -321,20 +333,6 @@ impl InWait {
     /// When it cannot be saved.
     pub fn save(mut self) -> Result<Saved> {
         Saved::of(&mut self.paused)
-    }
-}
-
-impl Guest {
-    /// Ends the guest and has the next of `saved` wait in its machine, whatever this one has done to it; how long that took.
-    ///
-    /// # Errors
-    /// When it has ended, or `saved` cannot be restored there.
-    pub fn recycle(self, saved: &Saved) -> Result<(InWait, Duration)> {
-        let start = Instant::now();
-        let paused =
-            self.machine.pause().map_err(|machine| anyhow!("the guest has ended: {:?}", machine.wait().0))?;
-        let next = saved.wait_in(paused.into_shell()?)?;
-        Ok((next, start.elapsed()))
     }
 }
 
@@ -449,22 +447,22 @@ impl Saved {
     /// # Errors
     /// When it cannot be.
     pub fn in_wait(&self) -> Result<InWait> {
-        let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
-        let shape = MachineState::from_sections(&sections)?.shape;
-        self.wait_in(Shell::create(&Kvm::open()?, shape)?)
+        let state = self.state()?;
+        self.wait_in(Shell::create(&Kvm::open()?, state.shape)?, &state)
     }
 
     /// The same in a shell that there is.
-    fn wait_in(&self, shell: Shell<Kvm>) -> Result<InWait> {
-        let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
-        let state = MachineState::from_sections(&sections)?;
-        shell.memory().overlay(&self.memory)?;
+    fn wait_in(&self, shell: Shell<Kvm>, state: &MachineState) -> Result<InWait> {
         let console = Console::new(None)?;
-        let (devices, ports) = devices();
-        let (observer, _, rung) = phases();
-        let mut paused = Paused::restore(shell, &state, console.clone(), devices, observer)?;
+        let (mut paused, ports, rung) = self.copy_in(shell, state, &console)?;
         paused.rehearse()?;
         Ok(InWait { paused, ports, console, rung })
+    }
+
+    /// Everything of it but its memory.
+    fn state(&self) -> Result<MachineState> {
+        let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
+        Ok(MachineState::from_sections(&sections)?)
     }
 
     /// In what this guest is another than `other`, apart from clocks, which run: names of parts, and addresses of pages.
@@ -473,11 +471,10 @@ impl Saved {
     /// When one cannot be read.
     pub fn differences(&self, other: &Self) -> Result<Vec<String>> {
         let read = |saved: &Self| -> Result<(MachineState, Vec<u8>)> {
-            let (_, sections) = kiln_snapshot::read(&mut &saved.snapshot[..])?;
             let mut memory = Vec::new();
             (&saved.memory).seek(SeekFrom::Start(0))?;
             (&saved.memory).read_to_end(&mut memory)?;
-            Ok((without_clocks(MachineState::from_sections(&sections)?), memory))
+            Ok((without_clocks(saved.state()?), memory))
         };
         let ((ours, our_memory), (theirs, their_memory)) = (read(self)?, read(other)?);
         let mut found = Vec::new();
@@ -513,15 +510,26 @@ impl Saved {
         &self,
         console: &Console,
     ) -> Result<(Paused<Kvm>, VsockPorts, mpsc::Receiver<(u32, Instant)>, Instant)> {
-        let (_, sections) = kiln_snapshot::read(&mut &self.snapshot[..])?;
-        let state = MachineState::from_sections(&sections)?;
+        let state = self.state()?;
         let shell = Shell::create(&Kvm::open()?, state.shape)?;
         let shell_made = Instant::now();
+        let (paused, ports, rung) = self.copy_in(shell, &state, console)?;
+        Ok((paused, ports, rung, shell_made))
+    }
+
+    /// The same in a shell that there is.
+    #[expect(clippy::type_complexity, reason = "likewise")]
+    fn copy_in(
+        &self,
+        shell: Shell<Kvm>,
+        state: &MachineState,
+        console: &Console,
+    ) -> Result<(Paused<Kvm>, VsockPorts, mpsc::Receiver<(u32, Instant)>)> {
         shell.memory().overlay(&self.memory)?;
         let (devices, ports) = devices();
         let (observer, _, rung) = phases();
-        let paused = Paused::restore(shell, &state, console.clone(), devices, observer)?;
-        Ok((paused, ports, rung, shell_made))
+        let paused = Paused::restore(shell, state, console.clone(), devices, observer)?;
+        Ok((paused, ports, rung))
     }
 }
 
