@@ -7,7 +7,7 @@ use prost::{Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Command {
     /// What to do. `None` is refused.
-    #[prost(oneof = "Do", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "Do", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub call: Option<Do>,
 }
 
@@ -26,7 +26,8 @@ pub enum Do {
     /// Hands over files for the start to come.
     #[prost(message, tag = "4")]
     Files(Files),
-    /// Makes the machine that a snapshot is of, and enters it. In the place of [`Start`].
+    /// Makes the machine that a snapshot is of, and enters it. In the place of [`Start`], or once more: then what was made before ends,
+    /// and the guest of the snapshot takes over its memory and its vCPUs, which have nothing left of the guest before.
     #[prost(message, tag = "5")]
     Restore(Restore),
     /// Stops the machine between two instructions. Answered by [`Paused`].
@@ -41,6 +42,20 @@ pub enum Do {
     /// Writes everything else of a machine to a file. Answered by [`Saved`].
     #[prost(message, tag = "9")]
     SaveState(SaveState),
+    /// Makes ahead what every machine of a shape has, for the [`Restore`] to come; once, first. Answered by [`Prepared`].
+    #[prost(message, tag = "10")]
+    Prepare(Prepare),
+}
+
+/// What every machine of a shape has: memory and vCPUs.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Prepare {
+    /// As [`Start::memory_mib`].
+    #[prost(uint32, tag = "1")]
+    pub memory_mib: u32,
+    /// As [`Start::vcpus`].
+    #[prost(uint32, tag = "2")]
+    pub vcpus: u32,
 }
 
 /// The machine to make.
@@ -95,6 +110,10 @@ pub struct Restore {
     /// it: that is left to the host ([`Entered::at_port`]).
     #[prost(bytes = "vec", optional, tag = "6")]
     pub generation: Option<Vec<u8>>,
+    /// The machine is not entered, and no generation is given: it stands still, its agent on the way to its first answer as far as it can
+    /// come alone, until [`Resume`]. Answered by [`Standing`].
+    #[prost(bool, tag = "7")]
+    pub stand: bool,
 }
 
 /// Stops the machine.
@@ -209,7 +228,7 @@ pub struct Stop {}
 #[derive(Clone, PartialEq, Message)]
 pub struct Event {
     /// What happened.
-    #[prost(oneof = "Happened", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Happened", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub happened: Option<Happened>,
 }
 
@@ -246,6 +265,31 @@ pub enum Happened {
     /// A file was written, or could not be.
     #[prost(message, tag = "10")]
     Saved(Saved),
+    /// There is a shell.
+    #[prost(message, tag = "11")]
+    Prepared(Prepared),
+    /// The machine of a snapshot waits to be resumed.
+    #[prost(message, tag = "12")]
+    Standing(Standing),
+}
+
+/// What machines of a shape have is there.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Prepared {
+    /// Host `CLOCK_MONOTONIC` in nanoseconds when it was.
+    #[prost(uint64, tag = "1")]
+    pub at_ns: u64,
+}
+
+/// A guest waits.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Standing {
+    /// Host `CLOCK_MONOTONIC` in nanoseconds when the order had come.
+    #[prost(uint64, tag = "1")]
+    pub ordered_ns: u64,
+    /// The same when it was carried out.
+    #[prost(uint64, tag = "2")]
+    pub at_ns: u64,
 }
 
 /// The machine parked itself.

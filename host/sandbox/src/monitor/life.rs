@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kiln_control::{Entered, Happened, Saved};
+use kiln_control::{Entered, Happened, Saved, Standing};
 use tokio::sync::watch;
 
 use super::MachineEnd;
@@ -52,6 +52,9 @@ pub(super) struct Life {
     pub(super) adopted: u64,
     pub(super) saved: u64,
     pub(super) last_saved: Saved,
+    pub(super) prepared: bool,
+    pub(super) stood: u64,
+    pub(super) last_stood: Standing,
     pub(super) end: Option<Arc<MachineEnd>>,
 }
 
@@ -95,6 +98,11 @@ impl Life {
             Happened::Saved(saved) => {
                 self.saved += 1;
                 self.last_saved = saved;
+            }
+            Happened::Prepared(_) => self.prepared = true,
+            Happened::Standing(standing) => {
+                self.stood += 1;
+                self.last_stood = standing;
             }
             Happened::Ended(_) | Happened::Failed(_) => {}
         }

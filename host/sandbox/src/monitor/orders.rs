@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_control::{
-    Do, Entered, Files, MAX_PACKET_FDS, Pause, Portion, Restore, Resume, SaveMemory, SaveState, Saved, Start,
+    Do, Entered, Files, MAX_PACKET_FDS, Pause, Portion, Prepare, Restore, Resume, SaveMemory, SaveState,
+    Saved, Standing, Start,
 };
 
 use super::life::{Life, reach};
@@ -31,6 +32,29 @@ impl Monitor {
     /// As [`start`](Self::start).
     pub async fn restore(&self, restore: Restore, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
         self.send_with_files(Do::Restore(restore), fds).await
+    }
+
+    /// Has what every machine of a shape needs made ahead of the snapshot that [`restore`](Self::restore) or [`stand`](Self::stand) is to
+    /// bring: once, first. Returns when it is there.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with why it cannot be made.
+    pub async fn prepare(&self, memory_mib: u32, vcpus: u32) -> Result<(), MonitorError> {
+        self.send(Do::Prepare(Prepare { memory_mib, vcpus }), &[]).await?;
+        self.reach(|life| life.prepared.then_some(())).await
+    }
+
+    /// Makes the machine that a snapshot is of and has it stand still, the agent's way to its first answer walked, until
+    /// [`claim`](Self::claim). A machine that is there already ends, and the guest of the snapshot takes it over: nothing of the guest before
+    /// is left.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start); [`MonitorError::Ended`] with how the machine ended instead.
+    pub async fn stand(&self, restore: Restore, fds: &[BorrowedFd<'_>]) -> Result<Standing, MonitorError> {
+        let _turn = self.answer.lock().await;
+        let before = self.life.borrow().stood;
+        self.send_with_files(Do::Restore(Restore { stand: true, ..restore }), fds).await?;
+        self.reach(|life| (life.stood > before).then_some(life.last_stood)).await
     }
 
     /// Waits until a vCPU has entered the guest that boots.

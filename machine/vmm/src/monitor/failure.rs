@@ -10,6 +10,7 @@ use crate::boot::BootError;
 use crate::machine::StartError;
 use crate::mailbox::MailError;
 use crate::paused::RestoreError;
+use crate::rehearsal::RehearsalError;
 use crate::saved::SectionError;
 use crate::shell::{ShapeError, ShellError};
 
@@ -81,6 +82,17 @@ impl From<RestoreError> for Failure {
 impl From<MailError> for Failure {
     fn from(error: MailError) -> Self {
         Self::new(Blame::Kiln, error.to_string())
+    }
+}
+
+impl From<RehearsalError> for Failure {
+    fn from(error: RehearsalError) -> Self {
+        let blame = match error {
+            RehearsalError::Mail(_) => Blame::Kiln,
+            RehearsalError::Hypervisor(_) => Blame::Host,
+            RehearsalError::Unexpected => Blame::Caller,
+        };
+        Self::new(blame, with_causes(&error))
     }
 }
 

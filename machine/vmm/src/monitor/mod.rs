@@ -11,8 +11,8 @@
 //!  │◀────────────────────── Ended │  and the process is gone
 //! ```
 //!
-//! `Restore` in the place of `Start` makes the machine of a snapshot. `supervise.rs` has what can be ordered of a machine that
-//! is there.
+//! `Restore` in the place of `Start` makes the machine of a snapshot; `Prepare` before it makes ahead what is the same whatever
+//! the snapshot. `supervise.rs` has what can be ordered of a machine that is there.
 //!
 //! Before it reads a byte from anybody, it enters its jail (`kiln_jail`).
 //!
@@ -31,7 +31,9 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use kiln_control::{Blame, Channel, ChannelError, Command, Do, Happened, MAX_START_FDS, Restore, Start};
+use kiln_control::{
+    Blame, Channel, ChannelError, Command, Do, Happened, MAX_START_FDS, Prepare, Prepared, Restore, Start,
+};
 use kiln_hypervisor::Kvm;
 use kiln_jail::Jailed;
 
@@ -113,7 +115,14 @@ fn serve(
     kvm: Result<Kvm, Failure>,
     spawned: Nanoseconds,
 ) -> Result<(), ChannelError> {
-    let (order, files) = receive_order(channel)?;
+    let mut ahead = Ahead { channel, kvm: kvm.as_ref().ok(), shell: None };
+    let received = ahead.receive_order();
+    let shell = ahead.shell;
+    let (order, files) = match received {
+        Ok(order) => order,
+        Err(Unserved::Channel(error)) => return Err(error),
+        Err(Unserved::Failed(failure)) => return refuse(channel, failure),
+    };
     let ordered = monotonic();
     let reporter = Reporter::new(channel, spawned);
     let kvm = match kvm {
@@ -125,6 +134,7 @@ fn serve(
         kvm: &kvm,
         ports,
         reporter: Arc::clone(&reporter),
+        files: Vec::new(),
         live: None,
         ahead: None,
     };
@@ -136,11 +146,13 @@ fn serve(
             }
         }
         Order::Restore(restore) => {
-            match RestorePlan::check(restore, files).and_then(|plan| restore::restore(&kvm, plan, &reporter))
-            {
+            let stand = restore.stand;
+            let restored = RestorePlan::check(restore, files)
+                .and_then(|plan| restore::restore(&kvm, shell, plan, &reporter));
+            match restored {
                 Ok((paused, ports)) => {
                     let mut supervisor = supervisor(ports);
-                    let state = supervisor.enter(paused, ordered)?;
+                    let state = supervisor.begin(paused, stand, ordered)?;
                     supervisor.run(state)
                 }
                 Err(failure) => refuse(channel, failure),
@@ -155,22 +167,64 @@ enum Order {
     Restore(Restore),
 }
 
-/// The order for the machine, with all its files.
-fn receive_order(channel: &Channel) -> Result<(Order, Vec<OwnedFd>), ChannelError> {
-    let mut files = Vec::new();
-    loop {
-        let (command, beside) = channel.receive::<Command>()?;
-        files.extend(beside);
-        if files.len() > MAX_START_FDS {
-            return Err(ChannelError::Malformed("more files than a machine is made of"));
-        }
-        match command.call {
-            Some(Do::Files(_)) => {}
-            Some(Do::Start(start)) => return Ok((Order::Start(start), files)),
-            Some(Do::Restore(restore)) => return Ok((Order::Restore(restore), files)),
-            _ => return Err(ChannelError::Malformed("the first command must be Start or Restore")),
+/// A monitor that has no machine yet.
+struct Ahead<'a> {
+    channel: &'a Channel,
+    kvm: Option<&'a Kvm>,
+    shell: Option<Shell<Kvm>>,
+}
+
+/// Why there is no order for a machine.
+enum Unserved {
+    Channel(ChannelError),
+    Failed(Failure),
+}
+
+impl From<ChannelError> for Unserved {
+    fn from(error: ChannelError) -> Self {
+        Self::Channel(error)
+    }
+}
+
+impl Ahead<'_> {
+    /// The order for the machine, with all its files.
+    fn receive_order(&mut self) -> Result<(Order, Vec<OwnedFd>), Unserved> {
+        let mut files = Vec::new();
+        loop {
+            let (command, beside) = self.channel.receive::<Command>()?;
+            take_files(&mut files, beside)?;
+            match command.call {
+                Some(Do::Files(_)) => {}
+                Some(Do::Start(start)) => return Ok((Order::Start(start), files)),
+                Some(Do::Restore(restore)) => return Ok((Order::Restore(restore), files)),
+                Some(Do::Prepare(order)) if self.shell.is_none() => self.prepare(order)?,
+                _ => {
+                    let broken =
+                        ChannelError::Malformed("the first command must be Prepare, Start or Restore");
+                    return Err(broken.into());
+                }
+            }
         }
     }
+
+    /// Makes a shell ahead of its use. Without KVM there is none, which the order for the machine is told.
+    fn prepare(&mut self, order: Prepare) -> Result<(), Unserved> {
+        let Some(kvm) = self.kvm else { return Ok(()) };
+        let shell = Shape::new(order.memory_mib, order.vcpus)
+            .map_err(Failure::from)
+            .and_then(|shape| Ok(Shell::create(kvm, shape)?));
+        self.shell = Some(shell.map_err(Unserved::Failed)?);
+        Ok(send(self.channel, Happened::Prepared(Prepared { at_ns: monotonic().0 }))?)
+    }
+}
+
+/// Adds the files beside a packet to those of the order to come.
+fn take_files(files: &mut Vec<OwnedFd>, beside: Vec<OwnedFd>) -> Result<(), ChannelError> {
+    files.extend(beside);
+    if files.len() > MAX_START_FDS {
+        return Err(ChannelError::Malformed("more files than a machine is made of"));
+    }
+    Ok(())
 }
 
 fn refuse(channel: &Channel, failure: Failure) -> Result<(), ChannelError> {

@@ -37,6 +37,8 @@ pub(super) struct RestorePlan {
     pub(super) devices: Devices,
     pub(super) console: Option<OwnedFd>,
     pub(super) generation: Option<Vec<u8>>,
+    /// It is to wait.
+    pub(super) stand: bool,
 }
 
 /// The virtio devices in the order of their windows, and the host's side of the one for streams.
@@ -73,6 +75,7 @@ impl RestorePlan {
             devices: Devices::make(restore.cid, &restore.disks, &files)?,
             console: files.get_if(restore.console_fd)?,
             generation: restore.generation,
+            stand: restore.stand,
         })
     }
 }

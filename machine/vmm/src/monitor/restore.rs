@@ -16,22 +16,23 @@ use super::report::Reporter;
 use crate::console::Console;
 use crate::cpuid;
 use crate::host;
-use crate::paused::{MachineState, Parking, Paused};
+use crate::paused::{MachineState, Parking, Paused, RestoreError};
 use crate::shell::{Shape, Shell, ShellError};
 
 /// The version a snapshot has to have: what is in a section changes with the monitor.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Makes the machine that `plan` has the snapshot of; it stands still.
+/// Makes the machine that `plan` has the snapshot of, of `shell` if there is one; it stands still.
 ///
 /// The header alone decides whether this host can use the snapshot, before anything else of it is looked at; all of its state is
 /// read and checked before there is a machine, and its memory is mapped and not read.
 pub(super) fn restore(
     kvm: &Kvm,
+    shell: Option<Shell<Kvm>>,
     plan: RestorePlan,
     reporter: &Arc<Reporter>,
 ) -> Result<(Paused<Kvm>, VsockPorts), Failure> {
-    let RestorePlan { mut state, memory, devices, console, generation } = plan;
+    let RestorePlan { mut state, memory, devices, console, generation, stand } = plan;
     check_header(&kiln_snapshot::read_header(&mut state)?, kvm)?;
     state.seek(SeekFrom::Start(0)).map_err(|error| Failure::host("cannot read the snapshot", &error))?;
     let (header, sections) = kiln_snapshot::read(&mut io::BufReader::new(state))?;
@@ -41,7 +42,13 @@ pub(super) fn restore(
     }
 
     super::confine(state.shape, devices.writable_bytes)?;
-    let shell = Shell::create(kvm, state.shape)?;
+    let shell = match shell {
+        Some(shell) if shell.shape() != state.shape => {
+            return Err(RestoreError::Shape { expected: state.shape, found: shell.shape() }.into());
+        }
+        Some(shell) => shell,
+        None => Shell::create(kvm, state.shape)?,
+    };
     shell.memory().overlay(&memory).map_err(|error| match error.kind() {
         io::ErrorKind::InvalidData => {
             Failure::new(Blame::Caller, "the snapshot's memory is not as long as the machine's")
@@ -53,6 +60,12 @@ pub(super) fn restore(
     let observer = reporter.observer();
     let mut paused = Paused::restore(shell, &state, console, virtio, observer)?;
     reporter.watches(paused.memory());
+    if stand {
+        if paused.parking() == Parking::Doorbell {
+            paused.rehearse()?;
+        }
+        return Ok((paused, ports));
+    }
     // Who is parked at its port is told there, by the host.
     if let Some(generation) = generation.filter(|_| paused.parking() != Parking::Port) {
         reporter.expect(paused.put_mail(&generation)?);

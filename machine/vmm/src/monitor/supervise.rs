@@ -7,6 +7,8 @@
 //! Restore ─▶ └◀───────────────────────────┘
 //!                      Resume
 //! ```
+//! A second `Restore` takes the guest out of the machine and puts the one of the snapshot in its place. With `stand` it rests until it is
+//! resumed.
 
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -15,7 +17,7 @@ use std::sync::Arc;
 
 use kiln_control::{
     Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Entered, Happened, Parked, Pause,
-    Paused as PausedEvent, Portion, Resume, SaveState, Saved as SavedEvent,
+    Paused as PausedEvent, Portion, Restore, Resume, SaveState, Saved as SavedEvent, Standing,
 };
 use kiln_hypervisor::Kvm;
 use kiln_memory::Watch;
@@ -24,21 +26,24 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::failure::with_causes;
+use super::plan::RestorePlan;
 use super::report::{Reporter, send};
-use super::{CONSOLE_TAIL_BYTES, PROGRAM_NAME, restore};
+use super::{CONSOLE_TAIL_BYTES, PROGRAM_NAME, restore, take_files};
 use crate::clock::{Nanoseconds, monotonic};
-use crate::console::Console;
 use crate::control::End;
 use crate::live::Saved;
 use crate::machine::Machine;
 use crate::paused::{MachineState, Parking, Paused};
+use crate::shell::ShellError;
 
 /// A machine and who is responsible for it.
 pub(super) struct Supervisor<'a> {
-    pub(super) channel: &'a Channel,
+    pub(super) channel: &'a Arc<Channel>,
     pub(super) kvm: &'a Kvm,
     pub(super) ports: VsockPorts,
     pub(super) reporter: Arc<Reporter>,
+    /// Handed over for the order to come.
+    pub(super) files: Vec<OwnedFd>,
     /// What goes with the memory that was last saved of the machine.
     pub(super) live: Option<MachineState>,
     /// What the machine has written since its memory was saved ahead.
@@ -51,8 +56,8 @@ pub(super) enum State {
     Resting(Paused<Kvm>),
 }
 
-/// What comes next: a state, or the end of the machine with its last words.
-type Next = ControlFlow<(End, Console), State>;
+/// What comes next: a state, or the end of the machine, as its host is told.
+type Next = ControlFlow<Happened, State>;
 
 /// What ended a wait.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -80,7 +85,7 @@ impl Supervisor<'_> {
             };
             state = match next {
                 ControlFlow::Continue(state) => state,
-                ControlFlow::Break((end, console)) => return self.report_end(end, &console),
+                ControlFlow::Break(last) => return send(self.channel, last),
             };
         }
     }
@@ -107,7 +112,15 @@ impl Supervisor<'_> {
             (Do::Resume(resume), State::Resting(paused)) => self.resume(paused, &resume, ordered)?,
             (Do::SaveMemory(order), state) => self.save_memory(state, order.portion(), files, ordered)?,
             (Do::SaveState(order), state) => self.save_state(state, &order, files, ordered)?,
-            (Do::Start(_) | Do::Restore(_) | Do::Files(_), _) => {
+            (Do::Files(_), state) => {
+                take_files(&mut self.files, files)?;
+                state
+            }
+            (Do::Restore(restore), state) => {
+                take_files(&mut self.files, files)?;
+                return self.renew(state, restore, ordered);
+            }
+            (Do::Start(_) | Do::Prepare(_), _) => {
                 return Err(ChannelError::Malformed("a monitor makes one machine"));
             }
             (Do::Resume(resume), state @ State::Running(_)) if resume.generation.is_none() => {
@@ -157,6 +170,47 @@ impl Supervisor<'_> {
             }
         }
         self.enter(paused, ordered)
+    }
+
+    /// Ends the guest and puts that of a snapshot in its place, into the same memory and vCPUs.
+    fn renew(&mut self, state: State, restore: Restore, ordered: Nanoseconds) -> Result<Next, ChannelError> {
+        let files = std::mem::take(&mut self.files);
+        let paused = match state {
+            State::Resting(paused) => paused,
+            State::Running(machine) => match machine.pause() {
+                Ok(paused) => paused,
+                Err(machine) => return Ok(ended(machine)),
+            },
+        };
+        (self.live, self.ahead) = (None, None);
+        let stand = restore.stand;
+        let reporter = Reporter::new(self.channel, self.reporter.spawned);
+        let restored = RestorePlan::check(restore, files).and_then(|plan| {
+            let shell = paused.into_shell().map_err(ShellError::from)?;
+            restore::restore(self.kvm, Some(shell), plan, &reporter)
+        });
+        match restored {
+            Ok((paused, ports)) => {
+                (self.ports, self.reporter) = (ports, reporter);
+                Ok(ControlFlow::Continue(self.begin(paused, stand, ordered)?))
+            }
+            Err(failure) => Ok(ControlFlow::Break(Happened::Failed(failure.into()))),
+        }
+    }
+
+    /// Lets a machine run that was restored, unless it is to wait.
+    pub(super) fn begin(
+        &self,
+        paused: Paused<Kvm>,
+        stand: bool,
+        ordered: Nanoseconds,
+    ) -> Result<State, ChannelError> {
+        if !stand {
+            return self.enter(paused, ordered);
+        }
+        let [ordered_ns, at_ns] = [ordered, monotonic()].map(|at| at.0);
+        send(self.channel, Happened::Standing(Standing { ordered_ns, at_ns }))?;
+        Ok(State::Resting(paused))
     }
 
     /// Lets a machine run that stands still.
@@ -259,17 +313,6 @@ impl Supervisor<'_> {
         send(self.channel, Happened::Saved(saved))
     }
 
-    fn report_end(&self, end: End, console: &Console) -> Result<(), ChannelError> {
-        let console = match end.reason {
-            EndReason::PowerOff => Vec::new(),
-            // A host that gave up on a guest that hangs wants to know where it hung.
-            EndReason::Reset | EndReason::Panic | EndReason::Crash | EndReason::Stopped => {
-                console.tail(CONSOLE_TAIL_BYTES)
-            }
-        };
-        send(self.channel, Happened::Ended(Ended { reason: end.reason.into(), detail: end.detail, console }))
-    }
-
     /// Waits for the host or the machine, whichever comes first; the machine's end first when both are there.
     fn wait_for(&self, state: &State) -> Result<Woken, ChannelError> {
         let machine = match state {
@@ -301,7 +344,15 @@ fn only(files: Vec<OwnedFd>) -> Result<File, ChannelError> {
 }
 
 fn ended(machine: Machine<Kvm>) -> Next {
-    ControlFlow::Break(machine.wait())
+    let (End { reason, detail }, console) = machine.wait();
+    let console = match reason {
+        EndReason::PowerOff => Vec::new(),
+        // A host that gave up on a guest that hangs wants to know where it hung.
+        EndReason::Reset | EndReason::Panic | EndReason::Crash | EndReason::Stopped => {
+            console.tail(CONSOLE_TAIL_BYTES)
+        }
+    };
+    ControlFlow::Break(Happened::Ended(Ended { reason: reason.into(), detail, console }))
 }
 
 /// Connects the one socket beside the command to a port of the guest. Whatever goes wrong closes the socket, which is

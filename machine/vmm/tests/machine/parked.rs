@@ -5,7 +5,8 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use kiln_control::{
-    Blame, Do, EndReason, Happened, Pause, Portion, Restore, Resume, SaveMemory, SaveState, Saved,
+    Blame, Do, EndReason, Files, Happened, Pause, Portion, Prepare, Restore, Resume, SaveMemory, SaveState,
+    Saved,
 };
 use kiln_vmm::mailbox::GENERATION_BYTES;
 
@@ -62,12 +63,18 @@ fn save(monitor: &Monitor) -> [File; 2] {
 
 fn restore(files: &[File; 2], generation: Option<Vec<u8>>) -> Monitor {
     let monitor = Monitor::spawn();
+    restore_in(&monitor, files, Restore { generation, ..Restore::default() });
+    monitor
+}
+
+/// Has a monitor make the machine of a snapshot, whatever it was.
+fn restore_in(monitor: &Monitor, files: &[File; 2], order: Restore) {
     for mut file in files {
         file.seek(SeekFrom::Start(0)).expect("it is a file");
     }
-    let order = Restore { state_fd: 0, memory_fd: 1, cid: 3, generation, ..Restore::default() };
-    monitor.order(Do::Restore(order), files);
-    monitor
+    let [first, second] = files;
+    monitor.order(Do::Files(Files {}), &[first]);
+    monitor.order(Do::Restore(Restore { state_fd: 0, memory_fd: 1, cid: 3, ..order }), &[second]);
 }
 
 fn entered(monitor: &Monitor) {
@@ -150,6 +157,56 @@ fn a_guest_parked_at_its_port_is_left_to_its_host() {
     assert!(matches!(monitor.event(), Happened::Paused(_)));
     let failed = restore(&save(&monitor), Some(generation(1))).failed();
     assert!(failed.message.contains("not parked"), "{failed:?}");
+}
+
+#[test]
+fn a_machine_is_made_in_a_shell_that_was_made_ahead() {
+    let files = save(&parked(&parking(true)));
+    let prepared = |memory_mib| {
+        let monitor = Monitor::spawn();
+        monitor.order(Do::Prepare(Prepare { memory_mib, vcpus: 1 }), &no_files());
+        assert!(matches!(monitor.event(), Happened::Prepared(_)));
+        restore_in(&monitor, &files, Restore { generation: Some(generation(1)), ..Restore::default() });
+        monitor
+    };
+    assert_eq!(to_the_end(&prepared(64)), ["resumed", "adopted", "code 42"]);
+    let failed = prepared(128).failed();
+    assert!(failed.message.contains("cannot be restored into one of"), "{failed:?}");
+    let monitor = Monitor::spawn();
+    monitor.order(Do::Prepare(Prepare { memory_mib: 1, vcpus: 1 }), &no_files());
+    assert_eq!(monitor.failed().blame(), Blame::Caller);
+    let monitor = Monitor::spawn();
+    for _ in 0..2 {
+        monitor.order(Do::Prepare(Prepare { memory_mib: 64, vcpus: 1 }), &no_files());
+    }
+    assert!(matches!(monitor.event(), Happened::Prepared(_)));
+    assert_eq!(monitor.exit().code(), Some(125));
+}
+
+#[test]
+fn a_used_machine_becomes_the_one_of_a_snapshot() {
+    let source = parked(&parking(true));
+    let files = save(&source);
+    let order = || Restore { generation: Some(generation(3)), ..Restore::default() };
+    restore_in(&source, &files, order());
+    assert_eq!(to_the_end(&source), ["resumed", "adopted", "code 42"]);
+    // One that runs does not go on, and what it wrote is not there.
+    let spinning = Guest::default().ring(2).code(&[0xff, 0x05, 0, 0, 0x30, 0, 0xeb, 0xf8]);
+    let monitor = Monitor::start(&spinning.elf());
+    while !matches!(monitor.event(), Happened::Ready(_)) {}
+    restore_in(&monitor, &files, order());
+    assert_eq!(to_the_end(&monitor), ["resumed", "adopted", "code 42"]);
+}
+
+#[test]
+fn who_does_not_walk_its_way_to_the_first_answer_does_not_wait() {
+    // It is in kernel mode, where no agent of Kiln's is.
+    let files = save(&parked(&parking(true)));
+    let monitor = Monitor::spawn();
+    restore_in(&monitor, &files, Restore { stand: true, ..Restore::default() });
+    let failed = monitor.failed();
+    assert!(failed.message.contains("does not answer as one of Kiln's agents"), "{failed:?}");
+    assert_eq!(failed.blame(), Blame::Caller);
 }
 
 fn save_memory(monitor: &Monitor, portion: Portion, file: &File) {
