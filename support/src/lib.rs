@@ -4,5 +4,6 @@
 pub mod causes;
 pub mod digest;
 pub mod durable;
+pub mod from_start;
 pub mod lock;
 pub mod sparse;

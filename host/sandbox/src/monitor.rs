@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use kiln_control::{ChannelError, Command, Connect, Do, Event, Happened, Stop};
@@ -44,6 +45,8 @@ use process::Process;
 pub const MONITOR_NAME: &str = "kiln-monitor";
 /// How much of what a monitor says on its stderr is kept, for the report of its death.
 const STDERR_TAIL_BYTES: usize = 8 << 10;
+/// How long a restored guest may take until it has its identity: milliseconds, but for a host with too much to do.
+pub(crate) const ADOPT_LIMIT: Duration = Duration::from_mins(2);
 /// How long a monitor may take to go once its machine has ended or its channel is closed; then it is killed.
 const EXIT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -85,6 +88,9 @@ pub struct Monitor {
     /// Held together while requests to the agent are under way, and alone while the guest parks: it forgets requests that it
     /// has not answered.
     pub(crate) requests: tokio::sync::RwLock<()>,
+    /// How often the guest is to have become another before it takes requests.
+    adoptions_due: AtomicU64,
+    process_id: u32,
 }
 
 /// Why a monitor could not be started or spoken to.
@@ -111,6 +117,9 @@ pub enum MonitorError {
     /// The machine ended, or never began.
     #[error(transparent)]
     Ended(#[from] Arc<MachineEnd>),
+    /// A restored guest did not take on its identity in time, so nothing is asked of it.
+    #[error("the guest did not take on its identity within {} s", ADOPT_LIMIT.as_secs())]
+    NotAdopted,
 }
 
 impl Monitor {
@@ -145,6 +154,7 @@ impl Monitor {
 
         let channel = Arc::new(AsyncChannel::new(ours).map_err(MonitorError::Setup)?);
         let (life_sender, life) = watch::channel(Life::default());
+        let process_id = process.id();
         let watcher =
             tokio::spawn(watch_over(Arc::clone(&channel), process, keep_tail(stderr, listener), life_sender));
         Ok(Self {
@@ -153,16 +163,26 @@ impl Monitor {
             watcher,
             answer: tokio::sync::Mutex::default(),
             requests: tokio::sync::RwLock::default(),
+            adoptions_due: AtomicU64::new(0),
+            process_id,
         })
+    }
+
+    /// The process id of the monitor.
+    pub fn process_id(&self) -> u32 {
+        self.process_id
     }
 
     /// Connects a stream to a vsock port of the guest.
     ///
-    /// Returns before the guest has answered: a port on which nothing listens reads as an end of the stream.
+    /// Returns before the guest has answered: a port on which nothing listens reads as an end of the stream. A guest that was claimed
+    /// is connected to once it has become the one it is to be.
     ///
     /// # Errors
-    /// [`MonitorError::Ended`] when the machine is gone, [`MonitorError::Setup`] when the host is out of descriptors.
+    /// [`MonitorError::Ended`] when the machine is gone, [`MonitorError::Setup`] when the host is out of descriptors,
+    /// [`MonitorError::NotAdopted`] when the guest does not become the one it is to be.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, MonitorError> {
+        self.adopted_as_due().await?;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(MonitorError::Setup)?;
         ours.set_nonblocking(true).map_err(MonitorError::Setup)?;
         let stream = UnixStream::from_std(ours).map_err(MonitorError::Setup)?;

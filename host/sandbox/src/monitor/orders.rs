@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kiln_control::{
@@ -10,7 +11,7 @@ use kiln_control::{
 };
 
 use super::life::{Life, reach};
-use super::{BootTimes, EndWatch, MachineEnd, Monitor, MonitorError, RestoreTimes};
+use super::{ADOPT_LIMIT, BootTimes, EndWatch, MachineEnd, Monitor, MonitorError, RestoreTimes};
 
 impl Monitor {
     /// Makes the machine and boots it: once, first. `fds` are what the message's `*_fd` fields count.
@@ -55,6 +56,53 @@ impl Monitor {
         let before = self.life.borrow().stood;
         self.send_with_files(Do::Restore(Restore { stand: true, ..restore }), fds).await?;
         self.reach(|life| (life.stood > before).then_some(life.last_stood)).await
+    }
+
+    /// Lets a guest that [stands](Self::stand) go on as the one its generation says, encoded as `kiln_protocol::mailbox` has it. Returns when its agent
+    /// has acknowledged that, before anything of a user's runs. One that waits at its port ([`waits_at_port`](Self::waits_at_port)) is
+    /// still to be told there.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead; [`MonitorError::NotAdopted`] when it does not answer.
+    pub(crate) async fn claim(&self, generation: Vec<u8>) -> Result<RestoreTimes, MonitorError> {
+        let _turn = self.answer.lock().await;
+        let (entered, resumed, adopted) = {
+            let life = self.life.borrow();
+            (life.entered, life.resumed, life.adopted)
+        };
+        self.adoptions_due.store(adopted + 1, Ordering::Release);
+        self.send(Do::Resume(Resume { generation: Some(generation) }), &[]).await?;
+        let acknowledged = |life: &Life| {
+            let is_heard = life.last_entered.at_port || life.resumed > resumed;
+            (life.entered > entered && is_heard).then_some((life.last_entered.at_port, life.restore))
+        };
+        let (at_port, times) = self.in_time(self.reach(acknowledged)).await?;
+        if at_port {
+            // Its identity comes over a connection.
+            self.adoptions_due.store(adopted, Ordering::Release);
+        }
+        Ok(times)
+    }
+
+    /// Waits until the guest has become the one it was last told to be.
+    pub(super) async fn adopted_as_due(&self) -> Result<(), MonitorError> {
+        let due = self.adoptions_due.load(Ordering::Acquire);
+        if self.life.borrow().adopted >= due {
+            return Ok(());
+        }
+        self.in_time(self.reach(|life| (life.adopted >= due).then_some(()))).await
+    }
+
+    async fn in_time<T>(
+        &self,
+        adopting: impl Future<Output = Result<T, MonitorError>>,
+    ) -> Result<T, MonitorError> {
+        tokio::time::timeout(ADOPT_LIMIT, adopting).await.unwrap_or(Err(MonitorError::NotAdopted))
+    }
+
+    /// How the machine has ended, if it has.
+    pub(crate) fn has_ended(&self) -> Option<Arc<MachineEnd>> {
+        self.life.borrow().end.clone()
     }
 
     /// Waits until a vCPU has entered the guest that boots.

@@ -87,6 +87,11 @@ impl Process {
         status
     }
 
+    /// Its process id; 0 once it has been waited for.
+    pub(super) fn id(&self) -> u32 {
+        self.running.as_ref().map_or(0, |running| running.child.id())
+    }
+
     /// Kills it.
     pub(super) fn kill(&self) -> io::Result<()> {
         self.running.as_ref().map_or(Ok(()), |running| running.child.kill())

@@ -1,23 +1,21 @@
 //! A machine made from a snapshot.
 
-use std::io::{BufReader, Seek};
-use std::time::Duration;
+use std::io::BufReader;
+use std::os::fd::OwnedFd;
 
 use kiln_control::Restore;
 use kiln_protocol::mailbox::{Generation, HOSTNAME_BYTES_MAX};
-use kiln_snapshot::{Header, LoadError};
+use kiln_snapshot::Header;
 use kiln_store::{Snapshot, SnapshotRecord, Store, StoreError};
+use kiln_support::from_start::FromStart;
 use rustix::time::ClockId;
 
 use super::{BakeError, Restored, SnapshotError, park};
 use crate::agent::AgentError;
 use crate::disk::{self, Descriptors, Disk, Scratch};
-use crate::monitor::{Monitor, MonitorError, RestoreTimes};
+use crate::monitor::{ADOPT_LIMIT, Monitor, MonitorError, RestoreTimes};
 use crate::vm::boot::{blocking, check_fit, clock_ns, random};
 use crate::vm::{GUEST_CID, Phase, VmBuilder, VmError};
-
-/// How long a restored guest may take until it has its identity: milliseconds, but for a host with too much to do.
-const ADOPT_LIMIT: Duration = Duration::from_mins(2);
 
 /// Makes the machine that the builder describes from the template it is to be made from.
 pub(super) async fn machine(builder: &VmBuilder, template: &Snapshot) -> Result<Restored, VmError> {
@@ -28,48 +26,45 @@ pub(super) async fn machine(builder: &VmBuilder, template: &Snapshot) -> Result<
     }
     // The process starts while the disk is copied.
     let monitor = builder.spawn_monitor()?;
-    let scratch = match (&builder.scratch, &template.scratch) {
-        (Scratch::Disk { folder, .. }, Some(from)) => {
-            let folder = folder.clone();
-            let from = from.try_clone().map_err(|source| BakeError::Host {
-                action: "open",
-                what: "the snapshot's disk".into(),
-                source,
-            })?;
-            blocking(move || disk::scratch_copy(&folder, &from)).await?
-        }
-        _ => Disk::placeholder(false),
-    };
+    let scratch = scratch(&builder.scratch, template).await?;
     let hostname = builder.hostname_for_guest();
+    let disks = [&builder.root, &scratch];
     let (monitor, times) =
-        restore(builder, monitor, template, &[&builder.root, &scratch], hostname, |phase, at| {
+        restore(monitor, template, &disks, builder.console.as_ref(), hostname, |phase, at| {
             builder.tell(phase, at);
         })
         .await?;
     Ok(Restored { monitor, times, scratch, record: template.record.clone() })
 }
 
+/// The disk for the changes of a machine of a snapshot.
+pub(crate) async fn scratch(scratch: &Scratch, snapshot: &Snapshot) -> Result<Disk, VmError> {
+    let (Scratch::Disk { folder, .. }, Some(from)) = (scratch, &snapshot.scratch) else {
+        return Ok(Disk::placeholder(false));
+    };
+    let folder = folder.clone();
+    let from = from.try_clone().map_err(|source| BakeError::Host {
+        action: "open",
+        what: "the snapshot's disk".into(),
+        source,
+    })?;
+    Ok(blocking(move || disk::scratch_copy(&folder, &from)).await?)
+}
+
 /// Has a monitor make the machine of a snapshot, with these disks, and waits until it is the one it is to be.
-pub(super) async fn restore(
-    builder: &VmBuilder,
+pub(crate) async fn restore(
     monitor: Monitor,
     snapshot: &Snapshot,
     disks: &[&Disk],
+    console: Option<&OwnedFd>,
     hostname: &str,
     tell: impl Fn(Phase, u64),
 ) -> Result<(Monitor, RestoreTimes), VmError> {
     check_header(snapshot)?;
     let generation = generation(hostname)?;
     let mut descriptors = Descriptors::default();
-    let order = Restore {
-        state_fd: descriptors.add(&snapshot.state),
-        memory_fd: descriptors.add(&snapshot.memory),
-        disks: disk::describe(disks, &mut descriptors),
-        console_fd: builder.console.as_ref().map(|console| descriptors.add(console)),
-        cid: GUEST_CID,
-        generation: Some(generation.encode().to_vec()),
-    };
-    check_fit(&descriptors)?;
+    let order = order(snapshot, disks, console, &mut descriptors)?;
+    let order = Restore { generation: Some(generation.encode().to_vec()), ..order };
     let coming_up = async {
         monitor.restore(order, descriptors.as_slice()).await?;
         let mut times = monitor.entered().await?;
@@ -102,6 +97,50 @@ pub(super) async fn restore(
     }
 }
 
+/// The order to make the machine of a snapshot, and the files beside it.
+fn order<'fd>(
+    snapshot: &'fd Snapshot,
+    disks: &[&'fd Disk],
+    console: Option<&'fd OwnedFd>,
+    descriptors: &mut Descriptors<'fd>,
+) -> Result<Restore, VmError> {
+    let order = Restore {
+        state_fd: descriptors.add(&snapshot.state),
+        memory_fd: descriptors.add(&snapshot.memory),
+        disks: disk::describe(disks, descriptors),
+        console_fd: console.map(|console| descriptors.add(console)),
+        cid: GUEST_CID,
+        ..Restore::default()
+    };
+    check_fit(descriptors)?;
+    Ok(order)
+}
+
+/// Has a monitor make the machine of a snapshot, with these disks, in which its guest waits to be claimed. What the monitor
+/// had for a machine before is the guest's.
+pub(crate) async fn stand(monitor: &Monitor, snapshot: &Snapshot, disks: &[&Disk]) -> Result<(), VmError> {
+    check_header(snapshot)?;
+    let mut descriptors = Descriptors::default();
+    let order = order(snapshot, disks, None, &mut descriptors)?;
+    match monitor.stand(order, descriptors.as_slice()).await {
+        Ok(_) => Ok(()),
+        Err(MonitorError::Ended(end)) => Err(SnapshotError::Refused(end).into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Lets a guest that waits become one of its own, and says when it acknowledged that. Nothing reaches it before it has.
+pub(crate) async fn claim(monitor: &Monitor, hostname: &str) -> Result<RestoreTimes, VmError> {
+    let generation = generation(hostname)?;
+    let mut times = monitor.claim(generation.encode().to_vec()).await?;
+    if monitor.waits_at_port() {
+        let asked = || times.resumed_ns = clock_ns(ClockId::Monotonic);
+        park::tell(monitor, Some(generation), asked).await.map_err(SnapshotError::NotAdopted)?;
+        times.adopted_ns = clock_ns(ClockId::Monotonic);
+    }
+    Ok(times)
+}
+
 /// Why a restored guest did not take on its identity.
 enum NotAdopted {
     Monitor(MonitorError),
@@ -116,10 +155,8 @@ impl From<MonitorError> for NotAdopted {
 
 /// Refuses a state that is not that of the record it is found by; the rest of it is the monitor's to check.
 fn check_header(snapshot: &Snapshot) -> Result<(), VmError> {
-    let mut state = &snapshot.state;
-    let read = state.rewind().map_err(LoadError::Read).and_then(|()| kiln_snapshot::read_header(&mut state));
-    let rewound = state.rewind().map_err(LoadError::Read);
-    let header = read.and_then(|header| rewound.map(|()| header)).map_err(SnapshotError::Damaged)?;
+    let header = kiln_snapshot::read_header(&mut FromStart::of(&snapshot.state));
+    let header = header.map_err(SnapshotError::Damaged)?;
     if is_of(&header, &snapshot.record) { Ok(()) } else { Err(SnapshotError::Mixed.into()) }
 }
 

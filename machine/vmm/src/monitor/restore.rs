@@ -1,13 +1,14 @@
 //! A machine made of a snapshot, and a snapshot made of a machine.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::sync::Arc;
 
 use kiln_control::{Blame, SaveState};
 use kiln_hypervisor::{Hypervisor, Kvm};
 use kiln_snapshot::Header;
 use kiln_support::digest::Digest;
+use kiln_support::from_start::FromStart;
 use kiln_virtio::VsockPorts;
 
 use super::failure::Failure;
@@ -32,10 +33,11 @@ pub(super) fn restore(
     plan: RestorePlan,
     reporter: &Arc<Reporter>,
 ) -> Result<(Paused<Kvm>, VsockPorts), Failure> {
-    let RestorePlan { mut state, memory, devices, console, generation, stand } = plan;
-    check_header(&kiln_snapshot::read_header(&mut state)?, kvm)?;
-    state.seek(SeekFrom::Start(0)).map_err(|error| Failure::host("cannot read the snapshot", &error))?;
-    let (header, sections) = kiln_snapshot::read(&mut io::BufReader::new(state))?;
+    let RestorePlan { state, memory, devices, console, generation, stand } = plan;
+    // The file is the host's too, and that of other machines it makes.
+    let read = || io::BufReader::new(FromStart::of(&state));
+    check_header(&kiln_snapshot::read_header(&mut read())?, kvm)?;
+    let (header, sections) = kiln_snapshot::read(&mut read())?;
     let state = MachineState::from_sections(&sections)?;
     if shape_of(&header) != Some(state.shape) {
         return Err(Failure::new(Blame::Caller, "the snapshot's header is another machine's"));
