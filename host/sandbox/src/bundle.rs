@@ -83,6 +83,18 @@ fn places(paths: &[PathBuf]) -> String {
 }
 
 impl GuestBundle {
+    /// Another handle on the same bundle.
+    ///
+    /// # Errors
+    /// [`BundleError::Memory`] when the host has no descriptor left.
+    pub fn try_clone(&self) -> Result<Self, BundleError> {
+        let part = |part: &Part| match part {
+            Part::File(file) => file.try_clone().map(Part::File).map_err(BundleError::Memory),
+            Part::BuiltIn(built_in) => Ok(Part::BuiltIn(*built_in)),
+        };
+        Ok(Self { kernel: part(&self.kernel)?, initramfs: part(&self.initramfs)? })
+    }
+
     /// Opens the two files of a bundle's folder.
     ///
     /// # Errors

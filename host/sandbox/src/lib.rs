@@ -8,17 +8,20 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+mod baked;
 mod blame;
 pub mod bundle;
 pub mod detached;
 mod disk;
 pub mod launch;
 pub mod monitor;
+mod pool;
 pub mod signal;
 mod snapshot;
 mod vm;
 
 pub use agent::{AgentError, Child, ExitStatus};
+pub use baked::{Image, ImageBuilder, ImageError, WarmingUp};
 pub use blame::Blame;
 pub use bundle::{BuiltIn, BundleError, GuestBundle};
 pub use disk::{Disk, Extent, Scratch, ScratchError};
@@ -28,6 +31,7 @@ pub use kiln_store as store;
 pub use kiln_support::causes::with_causes;
 pub use kiln_support::digest::Digest;
 pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram, RestoreTimes};
+pub use pool::{Pool, PoolBuilder, PoolError, PoolStats};
 pub use snapshot::{
     Bake, BakeError, HostFile, HostFileError, LogPattern, LogPatternError, SnapshotError, Trigger, verify,
 };

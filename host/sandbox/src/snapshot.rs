@@ -25,7 +25,9 @@ pub use content::{HostFile, HostFileError, LogPattern, LogPatternError, Trigger}
 pub use error::{BakeError, SnapshotError};
 pub(crate) use park::{go_on, park, state_order};
 pub use restore::verify;
+pub(crate) use restore::{claim, restore, scratch, stand};
 
+use crate::baked::Member;
 use crate::disk::Disk;
 use crate::monitor::{Monitor, RestoreTimes};
 use crate::vm::boot::blocking;
@@ -39,7 +41,7 @@ pub(crate) async fn session(store: &Store) -> Result<Session, BakeError> {
 }
 
 /// Opens a snapshot, which may have to wait likewise.
-async fn open(store: &Store, key: &Digest) -> Result<Option<Snapshot>, StoreError> {
+pub(crate) async fn open(store: &Store, key: &Digest) -> Result<Option<Snapshot>, StoreError> {
     let (store, key) = (store.clone(), *key);
     blocking(move || store.open_snapshot(&key)).await
 }
@@ -145,11 +147,51 @@ pub(crate) async fn bake(
     name: Option<String>,
 ) -> Result<SnapshotRecord, VmError> {
     let keys = Keys::of(builder, snapshots)?;
-    let Snapshot { record, .. } = bake::template(builder, snapshots, &keys, None).await?;
-    if name.is_none() || name == record.name {
-        return Ok(record);
-    }
-    let record = SnapshotRecord { name, ..record };
-    put(&session(&snapshots.store).await?, &record).await?;
+    let Snapshot { record, .. } = named(builder, snapshots, &keys, None, name).await?;
     Ok(record)
+}
+
+/// The template of the builder's image, for any number of machines to be made from, and the first of them, which waits: so it is known
+/// that this host can use it.
+///
+/// # Panics
+/// When [`VmBuilder::snapshots`] was not called.
+pub(crate) async fn obtain(builder: &VmBuilder, name: Option<String>) -> Result<(Snapshot, Member), VmError> {
+    let snapshots = builder.snapshots.as_ref().expect("the caller says which store takes the snapshot");
+    let keys = Keys::of(builder, snapshots)?;
+    let template = named(builder, snapshots, &keys, None, name.clone()).await?;
+    match first(builder, &template).await {
+        // It is made anew, once, as for a machine that is started.
+        Err(VmError::Snapshot(error)) if error.is_the_snapshots() => {
+            builder.tell_bake(Bake::Refused(&error));
+            let template = named(builder, snapshots, &keys, Some(&template.record), name).await?;
+            let first = first(builder, &template).await?;
+            Ok((template, first))
+        }
+        outcome => outcome.map(|first| (template, first)),
+    }
+}
+
+/// A machine of a template whose guest waits.
+async fn first(builder: &VmBuilder, template: &Snapshot) -> Result<Member, VmError> {
+    let monitor = builder.spawn_monitor()?;
+    let scratch = scratch(&builder.scratch, template).await?;
+    stand(&monitor, template, &[&builder.root, &scratch]).await?;
+    Ok(Member { monitor, scratch })
+}
+
+/// The template, called `name` if one is given.
+async fn named(
+    builder: &VmBuilder,
+    snapshots: &Snapshots,
+    keys: &Keys,
+    refused: Option<&SnapshotRecord>,
+    name: Option<String>,
+) -> Result<Snapshot, VmError> {
+    let mut template = bake::template(builder, snapshots, keys, refused).await?;
+    if name.is_some() && name != template.record.name {
+        template.record.name = name;
+        put(&session(&snapshots.store).await?, &template.record).await?;
+    }
+    Ok(template)
 }

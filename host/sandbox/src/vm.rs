@@ -2,7 +2,7 @@
 
 pub(crate) mod boot;
 mod builder;
-mod copying;
+pub(crate) mod copying;
 pub(crate) mod exec;
 
 use std::io;
@@ -23,6 +23,7 @@ use copying::Origin;
 use crate::agent::{self, AgentError};
 use crate::disk::{Disk, ScratchError};
 use crate::monitor::{BootTimes, MachineEnd, Monitor, MonitorError, RestoreTimes};
+use crate::pool::Lease;
 use crate::snapshot::{BakeError, SnapshotError};
 use crate::{Blame, BundleError, GuestBundle};
 
@@ -79,7 +80,7 @@ impl Phase {
     }
 }
 
-/// A virtual machine with its root mounted; dropping it ends it.
+/// A virtual machine with its root mounted; dropping it ends it, or gives it back to the [`Pool`](crate::Pool) it was acquired from.
 ///
 /// ```text
 /// start ─▶ running ──pause──▶ paused ─▶ ended
@@ -91,15 +92,17 @@ impl Phase {
 pub struct Vm {
     machine: Arc<Machine>,
     times: Times,
+    /// What gives it back to its pool, after all else of this has been dropped.
+    lease: Option<Lease>,
 }
 
 /// What a machine's handle shares with a copy of it that is under way.
 #[derive(Debug)]
 pub(crate) struct Machine {
-    monitor: Monitor,
-    origin: Origin,
+    pub(crate) monitor: Monitor,
+    pub(crate) origin: Origin,
     /// Held by who stops the machine or lets it go on. True while it stands still because its owner wants it so.
-    paused: tokio::sync::Mutex<bool>,
+    pub(crate) paused: tokio::sync::Mutex<bool>,
 }
 
 /// When a machine passed which step on its way up.
@@ -147,18 +150,30 @@ pub enum VmError {
     /// A paused machine was to be copied: its guest cannot make itself ready for it.
     #[error("the machine is paused")]
     Paused,
+    /// A machine of a snapshot did not come up in time.
+    #[error("a machine was not made of its snapshot within {:.1} s", .0.as_secs_f64())]
+    RestoreOverdue(Duration),
+    /// A machine was to be copied that is being baked.
+    #[error("a machine that is being baked cannot be copied")]
+    Baking,
 }
 
 impl VmError {
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Shape(_) | Self::Paused | Self::Scratch(ScratchError::Format(FormatError::Size { .. })) => {
-                Blame::Caller
-            }
+            Self::Shape(_)
+            | Self::Paused
+            | Self::Baking
+            | Self::Scratch(ScratchError::Format(FormatError::Size { .. })) => Blame::Caller,
             Self::Monitor(MonitorError::Ended(end)) => end.blame(),
             Self::Monitor(MonitorError::Channel(_)) => Blame::Kiln,
-            Self::Monitor(_) | Self::Scratch(_) | Self::Entropy(_) | Self::Bundle(_) => Blame::Host,
+            Self::Monitor(MonitorError::NotAdopted) => Blame::Guest,
+            Self::RestoreOverdue(_)
+            | Self::Monitor(_)
+            | Self::Scratch(_)
+            | Self::Entropy(_)
+            | Self::Bundle(_) => Blame::Host,
             Self::BootOverdue(_) | Self::SetupOverdue(_) => Blame::Guest,
             Self::Setup(error) => error.blame(),
             Self::Snapshot(error) => error.blame(),
@@ -208,9 +223,25 @@ impl Vm {
         self.machine.monitor.ended().await
     }
 
-    /// Ends the machine at once, as pulling the plug would, and waits until its process is gone.
+    /// Gives the machine back to the pool it was acquired from, as dropping it does; one of no pool ends.
+    pub fn release(self) {}
+
+    /// Ends the machine at once, as pulling the plug would, and waits until its process is gone. A pool makes another in its place.
     pub async fn stop(self) -> MachineEnd {
-        self.machine.monitor.pull_the_plug().await.unwrap_or_default()
+        let Self { machine, lease, .. } = self;
+        let _place = lease.map(Lease::forfeit);
+        machine.monitor.pull_the_plug().await.unwrap_or_default()
+    }
+
+    /// The monitor of a machine that nothing else holds.
+    pub(crate) fn into_monitor(self) -> Option<Monitor> {
+        Arc::try_unwrap(self.machine).ok().map(|machine| machine.monitor)
+    }
+
+    /// Has the machine go back to a pool when it is dropped.
+    pub(crate) fn leased(mut self, lease: impl FnOnce(Arc<Machine>) -> Lease) -> Self {
+        self.lease = Some(lease(Arc::clone(&self.machine)));
+        self
     }
 
     /// The same for one who shares the machine. A monitor that does not obey within seconds lives on until the machine is

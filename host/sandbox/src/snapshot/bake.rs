@@ -9,16 +9,17 @@ use kiln_store::{
 use kiln_support::digest::Digest;
 use rustix::time::ClockId;
 
-use super::content::{WarmUp, words};
+use super::content::{WarmUp, WarmUpByCode, words};
 use super::key::Keys;
 use super::park::{park, state_order};
 use super::restore::restore;
 use super::service::Running;
 use super::{Bake, BakeError, Snapshots};
 use crate::disk::{Disk, Scratch, ScratchError};
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, RestoreTimes};
 use crate::vm::boot::{self, blocking, clock_ns, unix_s};
-use crate::vm::{ExecBuilder, Phase, VmBuilder, VmError};
+use crate::vm::copying::{Guest, Origin};
+use crate::vm::{ExecBuilder, Phase, Times, Vm, VmBuilder, VmError};
 
 /// How long the agent may take to freeze what runs, write out what is dirty, and park.
 const PARK_LIMIT: Duration = Duration::from_mins(5);
@@ -159,6 +160,10 @@ async fn bake_template(
         warm_up(&monitor, command).await?;
         command.remove_script(&monitor).await?;
     }
+    let monitor = match &builder.content.code {
+        Some(warm_up) => warm_up_by_code(monitor, warm_up).await?,
+        None => monitor,
+    };
     let mut service = match &builder.content.service {
         Some(service) => Some(Running::start(&monitor, service).await?),
         None => None,
@@ -223,6 +228,16 @@ async fn warm_up(monitor: &Monitor, warmup: &WarmUp) -> Result<(), VmError> {
     let said = [output.stdout, output.stderr].concat();
     let tail = String::from_utf8_lossy(&said[said.len().saturating_sub(WARMUP_TAIL_BYTES)..]).into_owned();
     Err(BakeError::WarmupFailed { command: shown(), status: output.status, output: tail }.into())
+}
+
+/// Gives the guest to the caller's code, and takes it back.
+async fn warm_up_by_code(monitor: Monitor, warm_up: &WarmUpByCode) -> Result<Monitor, VmError> {
+    let origin = Origin { guest: Guest::Baking, image: None, root: None, scratch: Disk::placeholder(false) };
+    let vm = Vm::new(monitor, origin, Times::Restore(RestoreTimes::default()));
+    let failed = |source| BakeError::Code { tag: warm_up.tag.clone(), source };
+    (warm_up.code)(&vm).await.map_err(failed)?;
+    vm.resume().await?;
+    vm.into_monitor().ok_or_else(|| failed("it still copies its machine".into()).into())
 }
 
 /// What a record says that saving does not find out.

@@ -34,7 +34,21 @@ const SHELL: &str = "/bin/sh";
 pub(crate) struct Content {
     pub(super) files: Vec<(HostFile, String)>,
     pub(super) warmups: Vec<WarmUp>,
+    pub(super) code: Option<WarmUpByCode>,
     pub(super) service: Option<Service>,
+}
+
+/// Code of the caller's that warms a guest up.
+pub(super) struct WarmUpByCode {
+    /// Says what it does.
+    pub(super) tag: String,
+    pub(super) code: crate::baked::WarmUp,
+}
+
+impl std::fmt::Debug for WarmUpByCode {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("WarmUpByCode").field(&self.tag).finish()
+    }
 }
 
 /// A command that runs to its end before the snapshot is made.
@@ -62,6 +76,8 @@ pub enum Trigger {
     File(String),
     /// It writes such a line to its stdout or its stderr.
     Log(LogPattern),
+    /// It has started.
+    Started,
 }
 
 /// A regular expression that a line of output matches, or as much of one as has been written: its first 16 KiB, what is not UTF-8
@@ -117,6 +133,7 @@ impl Trigger {
             Self::Port(port) => format!("listener on port {port}"),
             Self::File(path) => format!("file {path}"),
             Self::Log(pattern) => format!("'{}' in its output", pattern.text()),
+            Self::Started => "start".to_owned(),
         }
     }
 }
@@ -239,7 +256,7 @@ fn read_part(file: &File, offset: u64) -> io::Result<Vec<u8>> {
 impl Content {
     /// Whether a machine that boots has all there is.
     pub(crate) fn is_empty(&self) -> bool {
-        self.files.is_empty() && self.warmups.is_empty() && self.service.is_none()
+        self.files.is_empty() && self.warmups.is_empty() && self.code.is_none() && self.service.is_none()
     }
 
     /// Writes the files.
@@ -316,6 +333,12 @@ impl VmBuilder {
     /// memory, caches.
     pub fn warm_up(mut self, command: Launch) -> Self {
         self.content.warmups.push(WarmUp { launch: command, script: None });
+        self
+    }
+
+    /// Adds code that warms the guest up after the commands; `tag` stands for what it does.
+    pub(crate) fn warm_up_by_code(mut self, tag: String, code: crate::baked::WarmUp) -> Self {
+        self.content.code = Some(WarmUpByCode { tag, code });
         self
     }
 

@@ -110,6 +110,15 @@ pub enum BakeError {
         /// The last of what it wrote.
         output: String,
     },
+    /// The caller's code that warms the guest up failed.
+    #[error("the warm-up '{tag}' failed")]
+    Code {
+        /// What stands for the code.
+        tag: String,
+        /// What it said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A file could not be written into the guest, or taken out of it.
     #[error("cannot put the file {path} into the guest")]
     File {
@@ -194,6 +203,7 @@ impl BakeError {
             Self::Warmup { source, .. } | Self::Service { source, .. } => source.blame(),
             Self::File { source, .. } => source.blame(),
             Self::WarmupFailed { .. }
+            | Self::Code { .. }
             | Self::Changed(_)
             | Self::ServiceEnded { .. }
             | Self::NotReady { .. }

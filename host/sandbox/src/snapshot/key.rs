@@ -90,6 +90,10 @@ fn template(base: Digest, builder: &VmBuilder, snapshots: &Snapshots) -> Digest 
         launch(&mut key, &warmup.launch);
         key.bytes(warmup.script.as_ref().map_or(&[], |script| script.digest.as_bytes()));
     }
+    if let Some(code) = &content.code {
+        key.text("code");
+        key.text(&code.tag);
+    }
     if let Some(service) = &content.service {
         launch(&mut key, &service.launch);
         match &service.trigger {
@@ -105,6 +109,7 @@ fn template(base: Digest, builder: &VmBuilder, snapshots: &Snapshots) -> Digest 
                 key.text("log");
                 key.text(pattern.text());
             }
+            Trigger::Started => key.text("started"),
         }
     }
     key.finish()

@@ -48,6 +48,7 @@ impl<'a> Running<'a> {
                     }
                     return Ok(());
                 }
+                Trigger::Started => return Ok(()),
             };
             ask(monitor, Call::Await(Await { awaited: Some(awaited) })).await
         };
@@ -88,7 +89,7 @@ impl<'a> Running<'a> {
         let mut readers = JoinSet::new();
         let search = || match &service.trigger {
             Trigger::Log(pattern) => Some(Search { pattern: pattern.clone(), line: Vec::new() }),
-            Trigger::Port(_) | Trigger::File(_) => None,
+            Trigger::Port(_) | Trigger::File(_) | Trigger::Started => None,
         };
         if let Some(stdout) = child.stdout.take() {
             readers.spawn(read(stdout, Arc::clone(&output), search(), found.clone()));

@@ -44,7 +44,7 @@ pub struct VmBuilder {
     observer: Option<PhaseObserver>,
     warnings: Option<LineListener>,
     bakes: Option<BakeObserver>,
-    snapshots: Option<Snapshots>,
+    pub(crate) snapshots: Option<Snapshots>,
     source: Option<Source>,
     image: Option<SnapshotImage>,
     root_objects: Option<Digest>,

@@ -40,8 +40,14 @@ pub(crate) struct Origin {
 /// Which guest a machine is of.
 #[derive(Debug)]
 pub(crate) enum Guest {
-    Booted { bundle: GuestBundle, memory_mib: u32, vcpus: u32 },
+    Booted {
+        bundle: GuestBundle,
+        memory_mib: u32,
+        vcpus: u32,
+    },
     Restored(Box<SnapshotRecord>),
+    /// One that is being baked, which is no machine of anybody's yet.
+    Baking,
 }
 
 /// A copy of a machine in files that no folder lists. Any number of machines can be made from it, one after the other.
@@ -64,8 +70,9 @@ struct Files {
 }
 
 impl Vm {
-    pub(super) fn new(monitor: Monitor, origin: Origin, times: Times) -> Self {
-        Self { machine: Arc::new(Machine { monitor, origin, paused: tokio::sync::Mutex::default() }), times }
+    pub(crate) fn new(monitor: Monitor, origin: Origin, times: Times) -> Self {
+        let machine = Arc::new(Machine { monitor, origin, paused: tokio::sync::Mutex::default() });
+        Self { machine, times, lease: None }
     }
 
     /// Saves the machine to a store, where it is called `name` if one is given, and lets it go on. The record of it is there
@@ -203,6 +210,9 @@ impl Machine {
         if is_paused {
             return Err(VmError::Paused);
         }
+        if matches!(self.origin.guest, Guest::Baking) {
+            return Err(VmError::Baking);
+        }
         // Most of it is copied while the guest runs.
         self.monitor.save_portion(Portion::Ahead, &files.memory).await.map_err(BakeError::Save)?;
         let _alone = self.monitor.requests.write().await;
@@ -262,7 +272,7 @@ impl Machine {
     }
 
     /// A record of the machine as it is now, of which only the memory has its name.
-    fn record(&self, memory: ObjectId) -> Result<SnapshotRecord, BakeError> {
+    fn record(&self, memory: ObjectId) -> Result<SnapshotRecord, VmError> {
         let (memory_mib, vcpus, kernel, initramfs, service) = match &self.origin.guest {
             Guest::Booted { bundle, memory_mib, vcpus } => {
                 let (kernel, initramfs) = bundle.digests().map_err(|source| BakeError::Host {
@@ -275,6 +285,7 @@ impl Machine {
             Guest::Restored(from) => {
                 (from.memory_mib, from.vcpus, from.kernel, from.initramfs, from.service.clone())
             }
+            Guest::Baking => return Err(VmError::Baking),
         };
         Ok(SnapshotRecord {
             key: Digest::EMPTY,

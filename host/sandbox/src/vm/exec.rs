@@ -73,6 +73,7 @@ impl ExecError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Connect(MonitorError::Ended(end)) => end.blame(),
+            Self::Connect(MonitorError::NotAdopted) => Blame::Guest,
             Self::Connect(_) => Blame::Host,
             Self::Agent(error) => error.blame(),
             Self::Kept(error) => error.blame(),

@@ -1,0 +1,207 @@
+//! An image that is ready to make machines of.
+
+mod builder;
+mod error;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kiln_oci::Config;
+use kiln_oci::Image as Pulled;
+use kiln_store::{Snapshot, SnapshotImage, SnapshotRecord, Store};
+use kiln_support::digest::Digest;
+
+pub(crate) use builder::WarmUp;
+pub use builder::{ImageBuilder, WarmingUp};
+pub use error::ImageError;
+
+use crate::disk::{Disk, Scratch};
+use crate::monitor::{LineListener, Monitor, MonitorProgram};
+use crate::pool::PoolBuilder;
+use crate::snapshot;
+use crate::vm::boot::{blocking, random};
+use crate::vm::copying::{Guest, Origin};
+use crate::vm::{Times, Vm, VmError};
+
+/// An image whose machines need not boot: fetched, converted, and saved as a guest that is ready for commands. Clones are the same image.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let image = kiln::Image::builder("python:3.12").memory_mib(512).build().await?;
+/// let pool = image.pool().min(2).max(8).build();
+/// let vm = pool.acquire().await?;
+/// let output = vm.exec(["python3", "-c", "print(6 * 7)"]).output().await?;
+/// assert_eq!(output.stdout, b"42\n");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Image(Arc<Inner>);
+
+struct Inner {
+    program: MonitorProgram,
+    warnings: Option<LineListener>,
+    pulled: Pulled,
+    root: Disk,
+    root_objects: Option<Digest>,
+    snapshot: Snapshot,
+    scratch: Scratch,
+    hostname: Option<String>,
+    /// The machine that showed that the snapshot can be used, until somebody takes it.
+    first: Mutex<Option<Member>>,
+}
+
+/// A machine of an image that belongs to nobody.
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) monitor: Monitor,
+    pub(crate) scratch: Disk,
+}
+
+impl Image {
+    /// Describes an image by what `kiln run` takes: `debian:12`, `ghcr.io/a/b@sha256:...`, `oci:PATH`, ...
+    pub fn builder(reference: impl Into<String>) -> ImageBuilder {
+        ImageBuilder::new(reference.into())
+    }
+
+    /// The image of a snapshot in a store, by its name or its key: one that was baked by that name, or a machine that was saved.
+    ///
+    /// # Errors
+    /// [`ImageError`], by what is missing or damaged.
+    pub async fn from_snapshot(store: &Store, name: &str) -> Result<Self, ImageError> {
+        builder::from_snapshot(store, name).await
+    }
+
+    /// Describes a pool of its machines.
+    pub fn pool(&self) -> PoolBuilder {
+        PoolBuilder::new(self.clone())
+    }
+
+    /// A machine of its own, made now.
+    ///
+    /// # Errors
+    /// [`VmError`], by what went wrong.
+    pub async fn start(&self) -> Result<Vm, VmError> {
+        self.make(None).await
+    }
+
+    /// The name it was asked for by, in full.
+    pub fn name(&self) -> &str {
+        &self.0.pulled.name
+    }
+
+    /// The digest of its manifest: what it is.
+    pub fn digest(&self) -> &Digest {
+        &self.0.pulled.digest
+    }
+
+    /// How it says that it is run.
+    pub fn config(&self) -> &Config {
+        &self.0.pulled.config
+    }
+
+    /// The snapshot that its machines are made from.
+    pub fn snapshot(&self) -> &SnapshotRecord {
+        &self.0.snapshot.record
+    }
+
+    /// A monitor in which one of its machines can be made sooner.
+    pub(crate) async fn shell(&self) -> Result<Monitor, VmError> {
+        let monitor = self.spawn_monitor()?;
+        let SnapshotRecord { memory_mib, vcpus, .. } = self.0.snapshot.record;
+        monitor.prepare(memory_mib, vcpus).await?;
+        Ok(monitor)
+    }
+
+    /// A machine: the one that is left of making the image, or one made in `shell` if there is one.
+    pub(crate) async fn make(&self, shell: Option<Monitor>) -> Result<Vm, VmError> {
+        if let Some(first) = self.first() {
+            return self.claim(first).await;
+        }
+        let monitor = shell.map_or_else(|| self.spawn_monitor(), Ok)?;
+        let scratch = snapshot::scratch(&self.0.scratch, &self.0.snapshot).await?;
+        let disks = [&self.0.root, &scratch];
+        let hostname = self.hostname()?;
+        let (monitor, times) =
+            snapshot::restore(monitor, &self.0.snapshot, &disks, None, &hostname, |_, _| {}).await?;
+        Ok(self.machine(Member { monitor, scratch }, Times::Restore(times)))
+    }
+
+    /// A machine whose guest waits.
+    pub(crate) async fn stand(&self) -> Result<Member, VmError> {
+        if let Some(first) = self.first() {
+            return Ok(first);
+        }
+        self.stand_in(self.spawn_monitor()?).await
+    }
+
+    /// Gives a machine to the next guest, which waits in it: only the process, its memory mapping and its vCPUs are the same.
+    pub(crate) async fn recycle(&self, Member { monitor, scratch }: Member) -> Result<Member, VmError> {
+        drop(scratch);
+        self.stand_in(monitor).await
+    }
+
+    fn first(&self) -> Option<Member> {
+        let first = self.0.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        first.filter(|first| first.monitor.has_ended().is_none())
+    }
+
+    async fn stand_in(&self, monitor: Monitor) -> Result<Member, VmError> {
+        let scratch = snapshot::scratch(&self.0.scratch, &self.0.snapshot).await?;
+        snapshot::stand(&monitor, &self.0.snapshot, &[&self.0.root, &scratch]).await?;
+        Ok(Member { monitor, scratch })
+    }
+
+    /// Lets a guest that waits go on as a machine of its own.
+    pub(crate) async fn claim(&self, member: Member) -> Result<Vm, VmError> {
+        let times = snapshot::claim(&member.monitor, &self.hostname()?).await?;
+        Ok(self.machine(member, Times::Restore(times)))
+    }
+
+    /// Has a machine stand still as its last owner left it.
+    pub(crate) async fn rest(&self, member: Member, is_paused: bool) -> Result<Member, VmError> {
+        if !is_paused {
+            member.monitor.pause().await?;
+        }
+        Ok(member)
+    }
+
+    /// Lets such a machine go on.
+    pub(crate) async fn reuse(&self, member: Member) -> Result<Vm, VmError> {
+        member.monitor.resume(None).await?;
+        let times = member.monitor.entered().await?;
+        Ok(self.machine(member, Times::Restore(times)))
+    }
+
+    fn machine(&self, Member { monitor, scratch }: Member, times: Times) -> Vm {
+        let inner = &self.0;
+        let image = SnapshotImage { reference: inner.pulled.name.clone(), manifest: inner.pulled.digest };
+        let guest = Guest::Restored(Box::new(inner.snapshot.record.clone()));
+        Vm::new(monitor, Origin { guest, image: Some(image), root: inner.root_objects, scratch }, times)
+    }
+
+    fn spawn_monitor(&self) -> Result<Monitor, VmError> {
+        Ok(Monitor::spawn_with(&self.0.program, self.0.warnings.clone())?)
+    }
+
+    /// What the next machine is called.
+    fn hostname(&self) -> Result<String, VmError> {
+        match &self.0.hostname {
+            Some(hostname) => Ok(hostname.clone()),
+            // Twelve hexadecimal digits, as Docker names its containers.
+            None => Ok(random::<6>()?.iter().map(|byte| format!("{byte:02x}")).collect()),
+        }
+    }
+}
+
+impl fmt::Debug for Image {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("Image").field(&self.0.pulled.name).finish()
+    }
+}
+
+/// The disk of an image's files.
+async fn disk(pulled: &Pulled) -> Result<Disk, ImageError> {
+    let pulled = pulled.clone();
+    Ok(blocking(move || Disk::from_image(&pulled)).await?)
+}
