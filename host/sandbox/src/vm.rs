@@ -3,13 +3,14 @@
 pub(crate) mod boot;
 mod builder;
 mod copying;
-pub(crate) mod exec;
+mod exec;
+mod target;
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_protocol::{AGENT_PORT, Call, PowerOff};
+use kiln_protocol::{AGENT_PORT, Call, PowerOff, Request};
 use kiln_rootfs::ScratchError as FormatError;
 
 use tokio::net::UnixStream;
@@ -17,6 +18,7 @@ use tokio::net::UnixStream;
 pub use builder::VmBuilder;
 pub use copying::{MachineCopy, Standstill};
 pub use exec::{ExecBuilder, ExecError, Output};
+pub use target::AskError;
 
 use copying::Origin;
 
@@ -193,9 +195,9 @@ impl Vm {
         ExecBuilder::new(&self.machine.monitor, argv.into_iter().map(Into::into).collect())
     }
 
-    /// Starts a command as it came from another process.
-    pub(crate) async fn start_exec(&self, exec: kiln_protocol::Exec) -> Result<(UnixStream, u32), ExecError> {
-        exec::start(&self.machine.monitor, exec).await
+    /// Passes on what another process wants of the agent, and returns the payload of its answer and the connection.
+    pub(crate) async fn pass_on(&self, request: &Request) -> Result<(Vec<u8>, UnixStream), AskError> {
+        target::pass_on(&self.machine.monitor, request).await
     }
 
     /// When the machine passed which step on its way up.
