@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use kiln::detached::DetachedError;
 use kiln::image::PullError;
 use kiln::store::StoreError;
-use kiln::{Blame, BundleError, ExecError, MachineEnd, VmError};
+use kiln::{AskError, Blame, BundleError, ExecError, MachineEnd, VmError};
 
 use crate::terminal::printable;
 
@@ -123,7 +123,7 @@ impl From<ExecError> for Failure {
     fn from(error: ExecError) -> Self {
         let failure = Self::new(error.blame(), error.to_string()).with_machine(error.machine_end());
         let hint = match &error {
-            ExecError::Kept(error) => error.hint(),
+            ExecError::Ask(AskError::Kept(error)) => error.hint(),
             _ => failure.hint,
         };
         Self { what: error.into(), hint, ..failure }

@@ -16,8 +16,8 @@ use kiln_protocol::{Call, Failed, MAX_PAYLOAD_BYTES, Outcome, Reason, Reply, Req
 use prost::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+pub(crate) use child::Streams;
 pub use child::{Child, ChildStderr, ChildStdin, ChildStdout, ExitStatus};
-pub(crate) use child::{Streams, ask_to_start};
 
 use crate::Blame;
 use crate::monitor::{EndWatch, MachineEnd};
@@ -102,29 +102,40 @@ pub async fn ask<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     call: Call,
 ) -> Result<Outcome, AgentError> {
-    send_request(&mut stream, call).await?;
+    send_request(&mut stream, &Request { call: Some(call) }).await?;
     read_reply(&mut stream).await
 }
 
-async fn send_request(stream: &mut (impl AsyncWrite + Unpin), call: Call) -> Result<(), AgentError> {
-    let request = Request { call: Some(call) };
+pub(crate) async fn send_request(
+    stream: &mut (impl AsyncWrite + Unpin),
+    request: &Request,
+) -> Result<(), AgentError> {
     let bytes = request.encoded_len();
     if bytes > MAX_PAYLOAD_BYTES {
         return Err(AgentError::TooLarge { bytes });
     }
     let mut packet = Vec::with_capacity(HEADER_BYTES + bytes);
-    frame::append_message(&mut packet, Kind::Request, &request);
+    frame::append_message(&mut packet, Kind::Request, request);
     stream.write_all(&packet).await.map_err(AgentError::Lost)
 }
 
 pub(crate) async fn read_reply(stream: &mut (impl AsyncRead + Unpin)) -> Result<Outcome, AgentError> {
+    decode_reply(&read_reply_payload(stream).await?)
+}
+
+/// Reads the frame that is a reply, and returns what it carries.
+pub(crate) async fn read_reply_payload(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, AgentError> {
     let mut payload = Vec::new();
     let kind = read_frame(stream, &mut payload).await?;
     if kind != Kind::Reply {
         return Err(AgentError::Broken("no reply to a request"));
     }
-    let reply =
-        Reply::decode(payload.as_slice()).map_err(|_| AgentError::Broken("a reply that does not decode"))?;
+    Ok(payload)
+}
+
+/// What a reply says; a refusal is an error.
+pub(crate) fn decode_reply(payload: &[u8]) -> Result<Outcome, AgentError> {
+    let reply = Reply::decode(payload).map_err(|_| AgentError::Broken("a reply that does not decode"))?;
     match reply.outcome.ok_or(AgentError::Broken("an empty reply"))? {
         Outcome::Failed(Failed { reason, message }) => {
             Err(AgentError::Refused { reason: Reason::try_from(reason).unwrap_or(Reason::Internal), message })

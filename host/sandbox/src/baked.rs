@@ -16,6 +16,7 @@ pub use builder::{ImageBuilder, WarmingUp};
 pub use error::ImageError;
 
 use crate::disk::{Disk, Scratch};
+use crate::launch::Launch;
 use crate::monitor::{LineListener, Monitor, MonitorProgram};
 use crate::pool::PoolBuilder;
 use crate::snapshot;
@@ -42,6 +43,8 @@ struct Inner {
     program: MonitorProgram,
     warnings: Option<LineListener>,
     pulled: Pulled,
+    /// How commands run in its machines unless told otherwise.
+    commands: Arc<Launch>,
     root: Disk,
     root_objects: Option<Digest>,
     snapshot: Snapshot,
@@ -177,7 +180,12 @@ impl Image {
         let inner = &self.0;
         let image = SnapshotImage { reference: inner.pulled.name.clone(), manifest: inner.pulled.digest };
         let guest = Guest::Restored(Box::new(inner.snapshot.record.clone()));
-        Vm::new(monitor, Origin { guest, image: Some(image), root: inner.root_objects, scratch }, times)
+        let commands = Some(Arc::clone(&inner.commands));
+        Vm::new(
+            monitor,
+            Origin { guest, image: Some(image), root: inner.root_objects, scratch, commands },
+            times,
+        )
     }
 
     fn spawn_monitor(&self) -> Result<Monitor, VmError> {

@@ -31,7 +31,6 @@ pub use record::{Defaults, Origin, ScratchKind, State, VmRecord, is_vm_name};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use kiln_protocol::Reason;
 use rustix::time::ClockId;
 
 use crate::Blame;
@@ -94,8 +93,6 @@ pub enum DetachedError {
         blame: Blame,
         /// What was tried and what went wrong, in one line.
         message: String,
-        /// The agent's reason, when a command could not be started.
-        reason: Option<Reason>,
     },
 }
 

@@ -1,6 +1,6 @@
 //! What to run: an image's configuration and a caller's wishes put together, by Docker's rules.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 
 use kiln_oci::Config;
@@ -103,15 +103,29 @@ fn argv(config: &Config, entrypoint: Option<OsString>, args: Vec<OsString>) -> V
 }
 
 /// Adds a word, in the place of an earlier one with its key.
-fn set(env: &mut Vec<OsString>, word: OsString) {
-    match env.iter_mut().find(|earlier| key_of(earlier) == key_of(&word)) {
+pub(crate) fn set<W: Word>(env: &mut Vec<W>, word: W) {
+    match env.iter_mut().find(|earlier| earlier.key() == word.key()) {
         Some(earlier) => *earlier = word,
         None => env.push(word),
     }
 }
 
-fn key_of(word: &OsStr) -> &[u8] {
-    word.as_bytes().split(|&byte| byte == b'=').next().unwrap_or_default()
+/// A `KEY=VALUE` word.
+pub(crate) trait Word {
+    /// What is before the `=`.
+    fn key(&self) -> &[u8];
+}
+
+impl Word for Vec<u8> {
+    fn key(&self) -> &[u8] {
+        self.split(|&byte| byte == b'=').next().unwrap_or_default()
+    }
+}
+
+impl Word for OsString {
+    fn key(&self) -> &[u8] {
+        self.as_bytes().split(|&byte| byte == b'=').next().unwrap_or_default()
+    }
 }
 
 #[cfg(test)]

@@ -36,6 +36,6 @@ pub use snapshot::{
     Bake, BakeError, HostFile, HostFileError, LogPattern, LogPatternError, SnapshotError, Trigger, verify,
 };
 pub use vm::{
-    ExecBuilder, ExecError, MEMORY_MIN_MIB, MachineCopy, Output, Phase, Standstill, Times, VCPUS_MAX, Vm,
-    VmBuilder, VmError,
+    AskError, ExecBuilder, ExecError, MEMORY_MIN_MIB, MachineCopy, Output, Phase, Standstill, Times,
+    VCPUS_MAX, Vm, VmBuilder, VmError,
 };

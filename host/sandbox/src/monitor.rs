@@ -41,6 +41,8 @@ pub use life::{BootTimes, RestoreTimes};
 pub use probe::{Missing, Obstacle, Probe, probe};
 use process::Process;
 
+use crate::Blame;
+
 /// What the monitor program is started as (`argv[0]`), by which a binary that is more than a monitor knows its part.
 pub const MONITOR_NAME: &str = "kiln-monitor";
 /// How much of what a monitor says on its stderr is kept, for the report of its death.
@@ -120,6 +122,18 @@ pub enum MonitorError {
     /// A restored guest did not take on its identity in time, so nothing is asked of it.
     #[error("the guest did not take on its identity within {} s", ADOPT_LIMIT.as_secs())]
     NotAdopted,
+}
+
+impl MonitorError {
+    /// Whose fault this is.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Ended(end) => end.blame(),
+            Self::Channel(_) => Blame::Kiln,
+            Self::NotAdopted => Blame::Guest,
+            Self::Spawn { .. } | Self::Setup(_) | Self::Save(_) => Blame::Host,
+        }
+    }
 }
 
 impl Monitor {

@@ -3,13 +3,14 @@
 pub(crate) mod boot;
 mod builder;
 pub(crate) mod copying;
-pub(crate) mod exec;
+mod exec;
+mod target;
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_protocol::{AGENT_PORT, Call, PowerOff};
+use kiln_protocol::{AGENT_PORT, Call, PowerOff, Request};
 use kiln_rootfs::ScratchError as FormatError;
 
 use tokio::net::UnixStream;
@@ -17,6 +18,7 @@ use tokio::net::UnixStream;
 pub use builder::VmBuilder;
 pub use copying::{MachineCopy, Standstill};
 pub use exec::{ExecBuilder, ExecError, Output};
+pub use target::AskError;
 
 use copying::Origin;
 
@@ -166,14 +168,8 @@ impl VmError {
             | Self::Paused
             | Self::Baking
             | Self::Scratch(ScratchError::Format(FormatError::Size { .. })) => Blame::Caller,
-            Self::Monitor(MonitorError::Ended(end)) => end.blame(),
-            Self::Monitor(MonitorError::Channel(_)) => Blame::Kiln,
-            Self::Monitor(MonitorError::NotAdopted) => Blame::Guest,
-            Self::RestoreOverdue(_)
-            | Self::Monitor(_)
-            | Self::Scratch(_)
-            | Self::Entropy(_)
-            | Self::Bundle(_) => Blame::Host,
+            Self::Monitor(error) => error.blame(),
+            Self::RestoreOverdue(_) | Self::Scratch(_) | Self::Entropy(_) | Self::Bundle(_) => Blame::Host,
             Self::BootOverdue(_) | Self::SetupOverdue(_) => Blame::Guest,
             Self::Setup(error) => error.blame(),
             Self::Snapshot(error) => error.blame(),
@@ -205,12 +201,16 @@ impl Vm {
         I: IntoIterator,
         I::Item: Into<std::ffi::OsString>,
     {
-        ExecBuilder::new(&self.machine.monitor, argv.into_iter().map(Into::into).collect())
+        let exec = ExecBuilder::new(&self.machine.monitor, argv.into_iter().map(Into::into).collect());
+        match &self.machine.origin.commands {
+            Some(launch) => exec.like(launch),
+            None => exec,
+        }
     }
 
-    /// Starts a command as it came from another process.
-    pub(crate) async fn start_exec(&self, exec: kiln_protocol::Exec) -> Result<(UnixStream, u32), ExecError> {
-        exec::start(&self.machine.monitor, exec).await
+    /// Passes on what another process wants of the agent, and returns the payload of its answer and the connection.
+    pub(crate) async fn pass_on(&self, request: &Request) -> Result<(Vec<u8>, UnixStream), AskError> {
+        target::pass_on(&self.machine.monitor, request).await
     }
 
     /// When the machine passed which step on its way up.

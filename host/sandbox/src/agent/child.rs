@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use kiln_protocol::frame::Kind;
-use kiln_protocol::{Call, Exec, Exited, MAX_DATA_BYTES, Outcome, WindowSize};
+use kiln_protocol::{Call, Exec, Exited, MAX_DATA_BYTES, Outcome, Request, Started, WindowSize};
 use prost::Message;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf};
 use tokio::net::UnixStream;
@@ -110,15 +110,6 @@ impl Streams {
     }
 }
 
-/// Has a command started over a fresh stream to the agent, which carries its streams from then on; returns its process id.
-pub(crate) async fn ask_to_start(stream: &mut UnixStream, exec: Exec) -> Result<u32, AgentError> {
-    send_request(stream, Call::Exec(exec)).await?;
-    match read_reply(stream).await? {
-        Outcome::Started(started) => Ok(started.pid),
-        _ => Err(AgentError::Broken("a reply that does not answer an exec")),
-    }
-}
-
 impl Child {
     /// Starts a command over a fresh stream to the agent.
     ///
@@ -127,16 +118,24 @@ impl Child {
     /// case it may have run.
     pub async fn start(mut stream: UnixStream, exec: Exec) -> Result<Self, AgentError> {
         let streams = Streams::of(&exec);
-        let pid = ask_to_start(&mut stream, exec).await?;
-        Ok(Self::carried(stream, streams, pid))
+        send_request(&mut stream, &Request { call: Some(Call::Exec(exec)) }).await?;
+        let outcome = read_reply(&mut stream).await?;
+        Self::carried(stream, streams, &outcome)
     }
 
-    /// The command that was started over a stream, of which nothing has been read since.
-    pub(crate) fn carried(stream: UnixStream, streams: Streams, pid: u32) -> Self {
+    /// The command that was started over a stream, of which nothing has been read since this answer.
+    pub(crate) fn carried(
+        stream: UnixStream,
+        streams: Streams,
+        outcome: &Outcome,
+    ) -> Result<Self, AgentError> {
+        let Outcome::Started(Started { pid }) = *outcome else {
+            return Err(AgentError::Broken("a reply that does not answer an exec"));
+        };
         let flow = Flow::new();
         let (verdict_sender, verdict) = watch::channel(None);
         let session = tokio::spawn(carry(stream, Arc::clone(&flow), streams.deadline, verdict_sender));
-        Self {
+        Ok(Self {
             stdin: streams.stdin.then(|| ChildStdin { flow: Arc::clone(&flow) }),
             stdout: Some(ChildStdout { flow: Arc::clone(&flow) }),
             stderr: Some(ChildStderr { flow: Arc::clone(&flow) }),
@@ -145,12 +144,12 @@ impl Child {
             verdict,
             session,
             machine: None,
-        }
+        })
     }
 
     /// Has [`wait`](Self::wait) tell the end of the machine when that is what ended the stream.
-    pub(crate) fn in_machine(mut self, end: EndWatch) -> Self {
-        self.machine = Some(end);
+    pub(crate) fn in_machine(mut self, end: Option<EndWatch>) -> Self {
+        self.machine = end;
         self
     }
 

@@ -300,7 +300,7 @@ impl ImageBuilder {
         }
         let builder = builder.snapshots(&store, &pulled);
         let (snapshot, first) = snapshot::obtain(&builder, self.name.clone()).await?;
-        Ok(self.image(builder, pulled, snapshot, Some(first)))
+        self.image(builder, pulled, snapshot, Some(first))
     }
 }
 
@@ -339,7 +339,8 @@ impl ImageBuilder {
             builder = builder.warm_up(self.launch(&pulled.config, Some(argv))?);
         }
         if let Some((tag, warm_up)) = &self.warm_up {
-            builder = builder.warm_up_by_code(tag.clone(), Arc::clone(warm_up));
+            builder =
+                builder.warm_up_by_code(tag.clone(), Arc::clone(warm_up), self.commands(&pulled.config)?);
         }
         if let Some(trigger) = self.trigger() {
             builder = builder.service(self.launch(&pulled.config, None)?, trigger, self.ready_limit);
@@ -357,6 +358,13 @@ impl ImageBuilder {
         Ok(Launch::new(config, Overrides { entrypoint, args, env, user, workdir })?)
     }
 
+    /// How commands run unless told otherwise.
+    fn commands(&self, config: &Config) -> Result<Arc<Launch>, ImageError> {
+        // Which command does not matter here, and an image need not name one.
+        let any = vec![OsString::from("/bin/true")];
+        Ok(Arc::new(self.launch(config, Some(&any))?))
+    }
+
     /// What says that the command which the snapshot has running is ready; `None` when it has none.
     fn trigger(&self) -> Option<Trigger> {
         let listens = self.guest_port.filter(|_| self.listener_required).map(Trigger::Port);
@@ -364,12 +372,18 @@ impl ImageBuilder {
     }
 
     /// The image of a snapshot.
-    fn image(self, builder: VmBuilder, pulled: Pulled, snapshot: Snapshot, first: Option<Member>) -> Image {
+    fn image(
+        self,
+        builder: VmBuilder,
+        pulled: Pulled,
+        snapshot: Snapshot,
+        first: Option<Member>,
+    ) -> Result<Image, ImageError> {
         let VmBuilder { root, scratch, .. } = builder;
         let root_objects = Some(snapshot::root_of(&pulled));
+        let (first, commands) = (Mutex::new(first), self.commands(&pulled.config)?);
         let Self { program, warnings, hostname, .. } = self;
-        let first = Mutex::new(first);
-        Image(Arc::new(Inner {
+        Ok(Image(Arc::new(Inner {
             program,
             warnings,
             pulled,
@@ -379,7 +393,8 @@ impl ImageBuilder {
             scratch,
             hostname,
             first,
-        }))
+            commands,
+        })))
     }
 }
 
@@ -396,7 +411,7 @@ pub(super) async fn from_snapshot(store: &Store, name: &str) -> Result<Image, Im
     let image = ImageBuilder { scratch_bytes, ..ImageBuilder::new(pulled.name.clone()) };
     let builder = image.machine(store, &pulled).await?;
     let snapshot = snapshot::open(store, &record.key).await?.ok_or(SnapshotError::Gone)?;
-    Ok(image.image(builder, pulled, snapshot, None))
+    image.image(builder, pulled, snapshot, None)
 }
 
 /// The record of a snapshot with this name, or this key.

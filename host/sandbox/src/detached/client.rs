@@ -5,13 +5,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::time::Duration;
 
-use kiln_protocol::{Exec, Reason};
+use kiln_protocol::Request as AgentRequest;
 use kiln_store::SnapshotRecord;
 use tokio::net::UnixStream;
 
-use super::wire::{self, Nothing, Outcome, PowerOff, Reply, Request, Saved, Snapshot, Wanted};
+use super::wire::{self, Answered, Nothing, Outcome, PowerOff, Reply, Request, Saved, Snapshot, Wanted};
 use super::{DetachedError, Machines};
-use crate::{ExecBuilder, MachineCopy, Standstill};
+use crate::{AskError, ExecBuilder, MachineCopy, Standstill};
 
 /// A machine that another process keeps. Nothing happens to it when this is dropped.
 #[derive(Clone, Debug)]
@@ -46,7 +46,7 @@ impl Kept {
         I: IntoIterator,
         I::Item: Into<OsString>,
     {
-        ExecBuilder::in_kept(self, argv.into_iter().map(Into::into).collect())
+        ExecBuilder::new(self, argv.into_iter().map(Into::into).collect())
     }
 
     /// As [`Vm::pause`](crate::Vm::pause).
@@ -108,15 +108,15 @@ impl Kept {
         Ok((copy, standstill))
     }
 
-    /// Has a command started, and returns the stream that carries its own, and its process id.
-    pub(crate) async fn start(&self, exec: Exec) -> Result<(UnixStream, u32), DetachedError> {
-        let (Outcome::Started(started), files) = self.ask(Wanted::Exec(exec)).await? else {
-            return Err(self.odd());
+    /// Has a request passed on to the agent, and returns the payload of its answer and the connection.
+    pub(crate) async fn pass_on(&self, request: AgentRequest) -> Result<(Vec<u8>, UnixStream), AskError> {
+        let (Outcome::Answered(Answered { reply }), files) = self.ask(Wanted::Agent(request)).await? else {
+            return Err(self.odd().into());
         };
-        let Ok([stream]) = <[OwnedFd; 1]>::try_from(files) else { return Err(self.odd()) };
+        let Ok([stream]) = <[OwnedFd; 1]>::try_from(files) else { return Err(self.odd().into()) };
         let stream = StdStream::from(stream);
         let stream = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
-        Ok((stream.map_err(|error| self.failed(&error))?, started.pid))
+        Ok((reply, stream.map_err(|error| self.failed(&error))?))
     }
 
     async fn saved(
@@ -148,7 +148,6 @@ impl Kept {
             Some(Outcome::Failed(failed)) => Err(DetachedError::Refused {
                 blame: wire::Blame::try_from(failed.blame).unwrap_or(wire::Blame::Kiln).into(),
                 message: failed.message,
-                reason: failed.reason.and_then(|reason| Reason::try_from(reason).ok()),
             }),
             Some(outcome) => Ok((outcome, files)),
             None => Err(self.odd()),

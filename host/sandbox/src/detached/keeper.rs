@@ -11,17 +11,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use kiln_protocol::Call;
 use kiln_store::Store;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::wire::{
-    Blame, Failed, Listener, Nothing, Outcome, Paused, Reply, Request, Saved, Started, Wanted,
+    Answered, Blame, Failed, Listener, Nothing, Outcome, Paused, Reply, Request, Saved, Wanted,
 };
 use super::{DetachedError, Life, State};
 use crate::monitor::MachineEnd;
 use crate::monitor::channel::AsyncChannel;
-use crate::{ExecError, Standstill, Vm, VmError, with_causes};
+use crate::{AskError, Standstill, Vm, VmError, with_causes};
 
 /// The most requests at a time; who connects beyond waits.
 const REQUESTS_MAX: usize = 64;
@@ -155,11 +156,14 @@ impl Keeper {
                 self.vm.end().await;
                 return Ok((self.buried().await, Vec::new()));
             }
-            Wanted::Exec(exec) => {
+            Wanted::Agent(request) => {
+                if !request.call.as_ref().is_some_and(is_a_clients) {
+                    return Err(failed(Blame::Caller, "a call that is not a client's"));
+                }
                 self.check_running()?;
-                let (stream, pid) = self.vm.start_exec(exec).await?;
+                let (reply, stream) = self.vm.pass_on(&request).await?;
                 let stream = stream.into_std().map_err(|error| failed(Blame::Host, &error.to_string()))?;
-                return Ok((Outcome::Started(Started { pid }), vec![stream.into()]));
+                return Ok((Outcome::Answered(Answered { reply }), vec![stream.into()]));
             }
             Wanted::Snapshot(wanted) => {
                 let name = Some(wanted.name).filter(|name| !name.is_empty());
@@ -213,6 +217,20 @@ impl Keeper {
     }
 }
 
+/// Whether a call asks for something in the guest. The others are what a keeper makes of its own requests.
+fn is_a_clients(call: &Call) -> bool {
+    match call {
+        Call::Exec(_) | Call::Hello(_) => true,
+        Call::Setup(_)
+        | Call::PowerOff(_)
+        | Call::Park(_)
+        | Call::WriteFile(_)
+        | Call::RemoveFile(_)
+        | Call::Await(_)
+        | Call::Become(_) => false,
+    }
+}
+
 fn saved(record: &kiln_store::SnapshotRecord, standstill: Standstill) -> Result<Outcome, Failed> {
     let record = serde_json::to_vec(record).map_err(|error| failed(Blame::Kiln, &error.to_string()))?;
     let Standstill { frozen, still } = standstill;
@@ -224,7 +242,7 @@ fn nanoseconds(duration: Duration) -> u64 {
 }
 
 fn failed(blame: Blame, message: &str) -> Failed {
-    Failed { blame: blame.into(), message: message.to_owned(), reason: None }
+    Failed { blame: blame.into(), message: message.to_owned() }
 }
 
 impl From<VmError> for Failed {
@@ -233,9 +251,29 @@ impl From<VmError> for Failed {
     }
 }
 
-impl From<ExecError> for Failed {
-    fn from(error: ExecError) -> Self {
-        let reason = error.refusal().map(Into::into);
-        Self { reason, ..failed(error.blame().into(), &with_causes(&error)) }
+impl From<AskError> for Failed {
+    fn from(error: AskError) -> Self {
+        failed(error.blame().into(), &with_causes(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_protocol::{Become, Exec, Hello, Park, PowerOff, Setup};
+
+    use super::*;
+
+    #[test]
+    fn what_would_change_the_guest_behind_its_keepers_back_is_not_passed_on() {
+        assert!(is_a_clients(&Call::Exec(Exec::default())));
+        assert!(is_a_clients(&Call::Hello(Hello {})));
+        for call in [
+            Call::Setup(Setup::default()),
+            Call::PowerOff(PowerOff { grace_ms: 0 }),
+            Call::Park(Park {}),
+            Call::Become(Become { generation: None }),
+        ] {
+            assert!(!is_a_clients(&call), "{call:?}");
+        }
     }
 }

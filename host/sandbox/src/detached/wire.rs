@@ -8,7 +8,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram as StdDatagram;
 use std::path::Path;
 
-use kiln_protocol::Exec;
 use prost::{Enumeration, Message, Oneof};
 use rustix::fd::AsFd;
 use rustix::net::{
@@ -47,9 +46,9 @@ pub(super) enum Wanted {
     /// End it at once. Answered likewise.
     #[prost(message, tag = "4")]
     End(Nothing),
-    /// Start a command. Answered by `Started`, with the stream that carries its own.
+    /// Ask the agent for something that is a client's to ask for. Answered by `Answered`, with the connection.
     #[prost(message, tag = "5")]
-    Exec(Exec),
+    Agent(kiln_protocol::Request),
     /// Save it to the store. Answered by `Saved`.
     #[prost(message, tag = "6")]
     Snapshot(Snapshot),
@@ -92,7 +91,7 @@ pub(super) enum Outcome {
     #[prost(message, tag = "3")]
     Paused(Paused),
     #[prost(message, tag = "4")]
-    Started(Started),
+    Answered(Answered),
     #[prost(message, tag = "5")]
     Saved(Saved),
 }
@@ -104,9 +103,6 @@ pub(super) struct Failed {
     /// What was tried and what went wrong, in one line.
     #[prost(string, tag = "2")]
     pub(super) message: String,
-    /// The agent's reason, if it was the agent that refused: `kiln_protocol::Reason`.
-    #[prost(int32, optional, tag = "3")]
-    pub(super) reason: Option<i32>,
 }
 
 /// [`crate::Blame`] as it travels.
@@ -125,10 +121,11 @@ pub(super) struct Paused {
     pub(super) took_ns: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub(super) struct Started {
-    #[prost(uint32, tag = "1")]
-    pub(super) pid: u32,
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Answered {
+    /// The agent's `Reply`, as it came.
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) reply: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]

@@ -1,5 +1,6 @@
 //! Making snapshots: each once, whoever asks for it and how many do at once.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_store::{
@@ -232,7 +233,13 @@ async fn warm_up(monitor: &Monitor, warmup: &WarmUp) -> Result<(), VmError> {
 
 /// Gives the guest to the caller's code, and takes it back.
 async fn warm_up_by_code(monitor: Monitor, warm_up: &WarmUpByCode) -> Result<Monitor, VmError> {
-    let origin = Origin { guest: Guest::Baking, image: None, root: None, scratch: Disk::placeholder(false) };
+    let origin = Origin {
+        guest: Guest::Baking,
+        image: None,
+        root: None,
+        scratch: Disk::placeholder(false),
+        commands: Some(Arc::clone(&warm_up.launch)),
+    };
     let vm = Vm::new(monitor, origin, Times::Restore(RestoreTimes::default()));
     let failed = |source| BakeError::Code { tag: warm_up.tag.clone(), source };
     (warm_up.code)(&vm).await.map_err(failed)?;

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_protocol::{AGENT_PORT, Call, MAX_FILE_BYTES, MAX_FILE_PART_BYTES, Outcome, RemoveFile, WriteFile};
@@ -43,6 +44,8 @@ pub(super) struct WarmUpByCode {
     /// Says what it does.
     pub(super) tag: String,
     pub(super) code: crate::baked::WarmUp,
+    /// How commands run in the guest unless told otherwise.
+    pub(super) launch: Arc<Launch>,
 }
 
 impl std::fmt::Debug for WarmUpByCode {
@@ -337,8 +340,13 @@ impl VmBuilder {
     }
 
     /// Adds code that warms the guest up after the commands; `tag` stands for what it does.
-    pub(crate) fn warm_up_by_code(mut self, tag: String, code: crate::baked::WarmUp) -> Self {
-        self.content.code = Some(WarmUpByCode { tag, code });
+    pub(crate) fn warm_up_by_code(
+        mut self,
+        tag: String,
+        code: crate::baked::WarmUp,
+        launch: Arc<Launch>,
+    ) -> Self {
+        self.content.code = Some(WarmUpByCode { tag, code, launch });
         self
     }
 

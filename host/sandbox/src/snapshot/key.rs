@@ -93,6 +93,7 @@ fn template(base: Digest, builder: &VmBuilder, snapshots: &Snapshots) -> Digest 
     if let Some(code) = &content.code {
         key.text("code");
         key.text(&code.tag);
+        launch(&mut key, &code.launch);
     }
     if let Some(service) = &content.service {
         launch(&mut key, &service.launch);

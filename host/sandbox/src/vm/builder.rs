@@ -228,14 +228,14 @@ impl VmBuilder {
         let monitor = boot::set_up(monitor, self.setup(), &self.hostname).await?;
         self.tell(Phase::SetupDone, clock_ns(ClockId::Monotonic));
         let guest = Guest::Booted { bundle: self.guest, memory_mib: self.memory_mib, vcpus: self.vcpus };
-        let origin = Origin { guest, image: self.image, root: self.root_objects, scratch };
+        let origin = Origin { guest, image: self.image, root: self.root_objects, scratch, commands: None };
         Ok(Vm::new(monitor, origin, Times::Boot(times)))
     }
 
     fn restored(self, restored: Restored) -> Vm {
         let Restored { monitor, times, scratch, record } = restored;
         let guest = Guest::Restored(Box::new(record));
-        let origin = Origin { guest, image: self.image, root: self.root_objects, scratch };
+        let origin = Origin { guest, image: self.image, root: self.root_objects, scratch, commands: None };
         Vm::new(monitor, origin, Times::Restore(times))
     }
 

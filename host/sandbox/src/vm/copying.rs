@@ -21,6 +21,7 @@ use super::boot::{blocking, random, unix_s};
 use super::{Machine, Times, Vm, VmError};
 use crate::GuestBundle;
 use crate::disk::{Disk, nameless_file};
+use crate::launch::Launch;
 use crate::monitor::Monitor;
 use crate::snapshot::{self, BakeError, go_on, park, state_order};
 
@@ -35,6 +36,8 @@ pub(crate) struct Origin {
     /// What its root disk is made of.
     pub(crate) root: Option<Digest>,
     pub(crate) scratch: Disk,
+    /// How commands run in it unless told otherwise.
+    pub(crate) commands: Option<Arc<Launch>>,
 }
 
 /// Which guest a machine is of.

@@ -5,14 +5,16 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
-use kiln_protocol::{AGENT_PORT, Exec, Reason, WindowSize};
+use kiln_protocol::{Call, Exec, Reason, WindowSize};
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::net::UnixStream;
 
+use super::target::{AskError, Target};
 use crate::Blame;
-use crate::agent::{AgentError, Child, ExitStatus, Streams, ask_to_start};
-use crate::detached::{DetachedError, Kept};
-use crate::monitor::{MachineEnd, Monitor, MonitorError};
+use crate::agent::{AgentError, Child, ExitStatus, Streams};
+#[cfg(doc)]
+use crate::detached::Kept;
+use crate::launch::{self, Launch};
+use crate::monitor::MachineEnd;
 
 /// What [`ExecBuilder::output`] keeps of each stream unless told otherwise.
 const OUTPUT_LIMIT_BYTES: usize = 16 << 20;
@@ -24,15 +26,6 @@ pub struct ExecBuilder<'vm> {
     machine: Target<'vm>,
     exec: Exec,
     output_limit_bytes: usize,
-}
-
-/// The machine a command is for.
-#[derive(Clone, Copy, Debug)]
-enum Target<'vm> {
-    /// This process's own.
-    Own(&'vm Monitor),
-    /// One that another process keeps.
-    Kept(&'vm Kept),
 }
 
 /// What a command that ran to its end left behind.
@@ -49,15 +42,9 @@ pub struct Output {
 /// Why a command did not run, or its end is not known.
 #[derive(Debug, thiserror::Error)]
 pub enum ExecError {
-    /// The agent could not be reached: the command did not run.
+    /// It could not be started.
     #[error(transparent)]
-    Connect(#[from] MonitorError),
-    /// The agent refused, or the stream to it broke.
-    #[error(transparent)]
-    Agent(#[from] AgentError),
-    /// The machine is another process's, which could not start it.
-    #[error(transparent)]
-    Kept(#[from] DetachedError),
+    Ask(#[from] AskError),
     /// It wrote more than the limit, and was killed.
     #[error("the command wrote more than {limit_bytes} bytes to its {stream}")]
     OutputLimit {
@@ -72,11 +59,7 @@ impl ExecError {
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Connect(MonitorError::Ended(end)) => end.blame(),
-            Self::Connect(MonitorError::NotAdopted) => Blame::Guest,
-            Self::Connect(_) => Blame::Host,
-            Self::Agent(error) => error.blame(),
-            Self::Kept(error) => error.blame(),
+            Self::Ask(error) => error.blame(),
             Self::OutputLimit { .. } => Blame::Caller,
         }
     }
@@ -84,48 +67,57 @@ impl ExecError {
     /// The agent's reason, when it refused.
     pub fn refusal(&self) -> Option<Reason> {
         match self {
-            Self::Agent(AgentError::Refused { reason, .. }) => Some(*reason),
-            Self::Kept(DetachedError::Refused { reason, .. }) => *reason,
-            _ => None,
+            Self::Ask(error) => error.refusal(),
+            Self::OutputLimit { .. } => None,
         }
     }
 
     /// How the machine ended, when that is what went wrong.
     pub fn machine_end(&self) -> Option<&MachineEnd> {
         match self {
-            Self::Connect(MonitorError::Ended(end)) | Self::Agent(AgentError::MachineEnded(end)) => Some(end),
-            _ => None,
+            Self::Ask(error) => error.machine_end(),
+            Self::OutputLimit { .. } => None,
         }
     }
 }
 
+impl From<AgentError> for ExecError {
+    fn from(error: AgentError) -> Self {
+        Self::Ask(error.into())
+    }
+}
+
 impl<'vm> ExecBuilder<'vm> {
-    pub(crate) fn new(monitor: &'vm Monitor, argv: Vec<OsString>) -> Self {
-        Self::of(Target::Own(monitor), argv)
-    }
-
-    pub(crate) fn in_kept(machine: &'vm Kept, argv: Vec<OsString>) -> Self {
-        Self::of(Target::Kept(machine), argv)
-    }
-
-    fn of(machine: Target<'vm>, argv: Vec<OsString>) -> Self {
+    pub(crate) fn new(machine: impl Into<Target<'vm>>, argv: Vec<OsString>) -> Self {
         let exec = Exec { argv: argv.into_iter().map(OsStringExt::into_vec).collect(), ..Exec::default() };
-        Self { machine, exec, output_limit_bytes: OUTPUT_LIMIT_BYTES }
+        Self { machine: machine.into(), exec, output_limit_bytes: OUTPUT_LIMIT_BYTES }
     }
 
-    /// Adds `KEY=VALUE` words to the environment, which is empty at first; HOME and PATH are added when missing.
-    pub fn env(mut self, words: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
-        self.exec.env.extend(words.into_iter().map(|word| word.into().into_vec()));
+    /// Runs it as a command of its image does, unless told otherwise from here on.
+    pub(crate) fn like(mut self, launch: &Launch) -> Self {
+        self = self.env(launch.env.iter());
+        self.exec.cwd.clone_from(&launch.workdir);
+        self.exec.user.clone_from(&launch.user);
         self
     }
 
-    /// The working directory, made when missing; `/` by default.
+    /// Adds `KEY=VALUE` words to the environment, in the place of earlier ones with their keys. It has at first what the machine's
+    /// [`Image`](crate::Image) says, or is empty; HOME and PATH are added when missing.
+    pub fn env(mut self, words: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        for word in words {
+            launch::set(&mut self.exec.env, word.into().into_vec());
+        }
+        self
+    }
+
+    /// The working directory, made when missing; what the machine's [`Image`](crate::Image) says, or `/`, by default.
     pub fn cwd(mut self, folder: impl Into<String>) -> Self {
         self.exec.cwd = folder.into();
         self
     }
 
-    /// `name`, `uid`, `name:group` or `uid:gid` as the image knows them; root by default.
+    /// `name`, `uid`, `name:group` or `uid:gid` as the image knows them; what the machine's [`Image`](crate::Image)
+    /// says, or root, by default.
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.exec.user = user.into();
         self
@@ -164,19 +156,11 @@ impl<'vm> ExecBuilder<'vm> {
     /// Starts the command. It runs at most once, whatever happens to the connection.
     ///
     /// # Errors
-    /// [`ExecError::Agent`] with the reason when it could not be started.
+    /// [`ExecError::Ask`] with the reason when it could not be started.
     pub async fn spawn(self) -> Result<Child, ExecError> {
         let streams = Streams::of(&self.exec);
-        match self.machine {
-            Target::Own(monitor) => {
-                let (stream, pid) = start(monitor, self.exec).await?;
-                Ok(Child::carried(stream, streams, pid).in_machine(monitor.end_watch()))
-            }
-            Target::Kept(machine) => {
-                let (stream, pid) = machine.start(self.exec).await?;
-                Ok(Child::carried(stream, streams, pid))
-            }
-        }
+        let (outcome, stream) = self.machine.ask(Call::Exec(self.exec)).await?;
+        Ok(Child::carried(stream, streams, &outcome)?.in_machine(self.machine.end_watch()))
     }
 
     /// Runs the command to its end and returns what it wrote.
@@ -192,16 +176,6 @@ impl<'vm> ExecBuilder<'vm> {
             tokio::try_join!(read_to_limit(stdout, "stdout", limit), read_to_limit(stderr, "stderr", limit))?;
         let status = child.wait().await?;
         Ok(Output { status, stdout, stderr })
-    }
-}
-
-/// Has a command started, and returns the stream that carries its own, and its process id.
-pub(crate) async fn start(monitor: &Monitor, exec: Exec) -> Result<(UnixStream, u32), ExecError> {
-    let _turn = monitor.requests.read().await;
-    let mut stream = monitor.connect(AGENT_PORT).await?;
-    match ask_to_start(&mut stream, exec).await {
-        Ok(pid) => Ok((stream, pid)),
-        Err(error) => Err(error.explained(&mut monitor.end_watch()).await.into()),
     }
 }
 
