@@ -14,6 +14,7 @@ pub mod detached;
 mod disk;
 pub mod launch;
 pub mod monitor;
+mod sealed;
 pub mod signal;
 mod snapshot;
 mod vm;
