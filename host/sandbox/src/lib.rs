@@ -16,6 +16,7 @@ mod disk;
 pub mod launch;
 pub mod monitor;
 mod pool;
+mod sealed;
 pub mod signal;
 mod snapshot;
 mod vm;

@@ -26,4 +26,4 @@ pub use calls::{CALLS, Call, Need, Rule};
 pub use enter::{EnterError, Jailed, enter};
 pub use landlock::version as landlock_version;
 pub use limits::{OVERHEAD_BYTES, confine};
-pub use spawn::{Child, Launch, SpawnError, spawn};
+pub use spawn::{Child, Launch, Program, SpawnError, spawn};
