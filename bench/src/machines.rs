@@ -53,6 +53,13 @@ impl Machines {
             .command_is_process_1(false))
     }
 
+    /// The image, ready for pools.
+    pub(crate) async fn baked(&self) -> Result<kiln::Image> {
+        let builder = kiln::Image::builder(&self.image.name).store(&self.store).memory_mib(self.memory_mib);
+        let builder = builder.guest(GuestBundle::from_dir(&self.guest)?);
+        Ok(builder.monitor_program(self.program.clone()).build().await?)
+    }
+
     /// A machine made from the template, which is baked the first time.
     pub(crate) async fn start(&self) -> Result<Vm> {
         Ok(self.builder()?.snapshots(&self.store, &self.image).start().await?)

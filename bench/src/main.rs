@@ -47,7 +47,7 @@ fn main() -> Result<()> {
         "restore" => restore::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "snapshot" => snapshot::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "fork" => fork::run(&mut report, runs.unwrap_or(50))?,
-        "pool" => pool::run(&mut report, runs.unwrap_or(50))?,
+        "pool" => pool::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "pull" => pull::run(&mut report, runs.unwrap_or(10))?,
         "rootfs" => rootfs::run(&mut report, runs.unwrap_or(10))?,
         "size" => size::run(&mut report, runs.unwrap_or(50))?,

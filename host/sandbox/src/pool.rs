@@ -493,14 +493,21 @@ impl Inner {
         let idle = Idle { member, since: Instant::now(), used, seat };
         let mut state = self.lock();
         if state.closed {
-            // The seat goes without the lock.
             drop(state);
-            drop(idle);
+            self.end(idle.member.monitor, idle.seat);
             return;
         }
         state.idle.push_back(idle);
         drop(state);
         self.serve();
+    }
+
+    /// Ends a machine, and gives up its place when nothing is left of it.
+    fn end(&self, monitor: Monitor, seat: Seat) {
+        self.runtime.spawn(async move {
+            monitor.stop().await;
+            drop(seat);
+        });
     }
 
     /// Makes one that is to wait.
@@ -553,7 +560,7 @@ impl Inner {
             return;
         };
         if self.lock().closed || monitor.has_ended().is_some() {
-            return;
+            return self.end(monitor, seat);
         }
         self.admission.measure(monitor.process_id());
         seat.take(Role::Recycling);
@@ -612,7 +619,9 @@ impl Inner {
             let may_go = state.idle.len() > self.options.min;
             state.idle.front().and_then(due).filter(|_| may_go)
         };
-        drop(surplus);
+        for Idle { member, seat, .. } in surplus {
+            self.end(member.monitor, seat);
+        }
         next
     }
 }
