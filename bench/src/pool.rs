@@ -46,9 +46,19 @@ async fn pooled(report: &mut Report, runs: usize, image: &Image, theirs: Option<
     let from_nothing = image.pool().min(0).max(1).shells(0).idle_timeout(None).build();
     for _ in 0..runs {
         until(&waiting, |stats| stats.idle == 1).await;
-        let start = Instant::now();
+        let (start, start_ns) = (Instant::now(), kiln_vmm::monotonic().0);
         let vm = waiting.acquire().await?;
-        let ready = microseconds(start);
+        let (ready, end_ns) = (microseconds(start), kiln_vmm::monotonic().0);
+        if let kiln::Times::Restore(times) = vm.times() {
+            for (phase, from, to) in [
+                ("  -> its monitor has heard", start_ns, times.ordered_ns),
+                ("  -> vCPU in guest", times.ordered_ns, times.entered_ns),
+                ("  -> the agent's acknowledgement", times.entered_ns, times.resumed_ns),
+                ("  -> the host knows", times.resumed_ns, end_ns),
+            ] {
+                report.add(phase, "us", to.saturating_sub(from) as f64 / 1e3);
+            }
+        }
         report.add("ready: acquire from those that wait -> the agent's acknowledgement", "us", ready);
         drop(vm);
         let start = Instant::now();
