@@ -45,7 +45,9 @@ async fn pooled(report: &mut Report, runs: usize, image: &Image, theirs: Option<
     let in_shell = image.pool().min(0).max(1).shells(1).idle_timeout(None).build();
     let from_nothing = image.pool().min(0).max(1).shells(0).idle_timeout(None).build();
     for _ in 0..runs {
+        // Nothing else is under way while the clock runs.
         until(&waiting, |stats| stats.idle == 1).await;
+        until(&in_shell, |stats| stats.shells == 1).await;
         let (start, start_ns) = (Instant::now(), kiln_vmm::monotonic().0);
         let vm = waiting.acquire().await?;
         let (ready, end_ns) = (microseconds(start), kiln_vmm::monotonic().0);
@@ -65,7 +67,6 @@ async fn pooled(report: &mut Report, runs: usize, image: &Image, theirs: Option<
         until(&waiting, |stats| stats.idle == 1).await;
         report.add("recycle: released -> the next waits, nothing written", "us", microseconds(start));
 
-        until(&in_shell, |stats| stats.shells == 1).await;
         let start = Instant::now();
         let vm = in_shell.acquire().await?;
         let restored = microseconds(start);

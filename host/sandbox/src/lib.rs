@@ -10,6 +10,7 @@
 pub mod agent;
 mod baked;
 mod blame;
+pub mod blocking;
 pub mod bundle;
 pub mod detached;
 mod disk;

@@ -47,6 +47,8 @@ struct Running {
     /// The same descriptor, for tokio's word on when it is readable: when the process has ended. tokio has no type for it that
     /// safe code can make, but neither does readiness differ from that of a socket.
     readiness: UnixDatagram,
+    /// Who waits for it should its handle be dropped.
+    runtime: Handle,
 }
 
 impl Process {
@@ -70,7 +72,10 @@ impl Process {
             SpawnError::Host(source) => StartError::Setup(source),
         })?;
         match readiness(&child) {
-            Ok(readiness) => Ok((Self { running: Some(Running { child, readiness }) }, reading)),
+            Ok(readiness) => Ok((
+                Self { running: Some(Running { child, readiness, runtime: Handle::current() }) },
+                reading,
+            )),
             Err(error) => {
                 let _ = child.kill().and_then(|()| child.wait());
                 Err(StartError::Setup(error))
@@ -102,10 +107,9 @@ impl Drop for Process {
         let Some(running) = self.running.take() else { return };
         // One that cannot be killed has ended.
         let _ = running.child.kill();
-        // So that nothing is left of it. Where no runtime is left that could wait, this process goes as well.
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(async move { running.ended().await });
-        }
+        // So that nothing is left of it. Where the runtime does not run any more, this process goes as well.
+        let runtime = running.runtime.clone();
+        runtime.spawn(async move { running.ended().await });
     }
 }
 
