@@ -11,6 +11,7 @@ use rustix::net::SendFlags;
 
 use crate::awaited::Wait;
 use crate::session::{Session, Source, Violation};
+use crate::transfer::{Receiving, Sending};
 
 /// What a buffer may keep between uses.
 const KEPT_BYTES: usize = 80 << 10;
@@ -46,6 +47,10 @@ pub(crate) enum Stage {
     Abandoned(Session),
     /// The peer was another guest's; the command runs on.
     Detached(Session),
+    /// A tree comes in. Once that has failed, what was under way is let come, until the peer has heard of it and goes.
+    Receiving(Receiving),
+    /// A tree goes out.
+    Sending(Sending),
     /// Everything is said; the connection closes when it is sent.
     Answered,
 }
@@ -107,6 +112,11 @@ impl Connection {
         if !matches!(outcome, Outcome::Started(_)) {
             self.stage = Stage::Answered;
         }
+        self.say(outcome);
+    }
+
+    /// Says what has come of something, with more to come.
+    pub(crate) fn say(&mut self, outcome: Outcome) {
         frame::append_message(&mut self.out, Kind::Reply, &Reply { outcome: Some(outcome) });
     }
 

@@ -32,6 +32,7 @@ pub mod server;
 mod session;
 pub mod setup;
 pub mod sys;
+mod transfer;
 mod user;
 mod workload;
 

@@ -4,6 +4,8 @@
 //!  accepted ──request──▶ answered ─────────────────────▶ closed
 //!     │                     ▲
 //!     ├──await─▶ waiting ───┤
+//!     ├──get───▶ sending ───┤
+//!     ├──put───▶ receiving ─┤
 //!     └──exec──▶ running ───┴─ ended, output sent
 //!                   │ connection lost
 //!                   ├──▶ abandoned ── process reaped ──▶ closed
@@ -11,7 +13,7 @@
 //! ```
 //!
 //! A command whose connection is lost is abandoned, which is to be killed. A guest that is asked to park keeps the
-//! connections of running commands and closes all others (`parking.rs`). It may go on as another guest, whose host knows
+//! connections of running commands and of trees on their way, and closes all others (`parking.rs`). It may go on as another guest, whose host knows
 //! nothing of them: a command of an earlier life whose connection is lost is detached, and runs on with nobody at its
 //! streams.
 //!
@@ -43,6 +45,7 @@ use crate::listen::Listener;
 use crate::power::Power;
 use crate::session::{Registrar, Session, Source, Violation, one_shot};
 use crate::setup::Prepared;
+use crate::transfer::{Receiving, Sending};
 use crate::workload::{Place, Workload};
 use crate::{extra, mounts, sys};
 use parking::Parking;
@@ -233,7 +236,7 @@ impl<'a> Agent<'a> {
                 Ok(true) => connection.answer(Outcome::Done(Done {})),
                 Err(failed) => connection.answer(Outcome::Failed(failed)),
             },
-            (Some(_), Stage::Asking | Stage::Answered) => {}
+            (Some(_), Stage::Asking | Stage::Receiving(_) | Stage::Sending(_) | Stage::Answered) => {}
         }
         Some(slot)
     }
@@ -306,6 +309,14 @@ impl<'a> Agent<'a> {
                 connection.stage = Stage::Answered;
             }
         }
+        if let Stage::Sending(sending) = &mut connection.stage {
+            more_output = true;
+            if connection.out.is_empty()
+                && let Some(outcome) = sending.advance(&mut connection.out)
+            {
+                connection.answer(outcome);
+            }
+        }
         if connection.send(&self.epoll, slot).is_err() {
             return Next::Close;
         }
@@ -349,7 +360,9 @@ impl<'a> Agent<'a> {
                 self.call(slot, connection, call);
             }
             Stage::Running(session) => match frame {
-                ToAgent::Request(_) => return Err(Violation),
+                ToAgent::Request(_) | ToAgent::Entry(_) | ToAgent::Data(_) | ToAgent::End => {
+                    return Err(Violation);
+                }
                 ToAgent::Stdin(bytes) => session.stdin(bytes)?,
                 ToAgent::StdinEnd => session.end_stdin(),
                 ToAgent::Signal(number) => session.signal(number),
@@ -359,7 +372,12 @@ impl<'a> Agent<'a> {
                 ToAgent::StdoutClose => session.close_output(0),
                 ToAgent::StderrClose => session.close_output(1),
             },
-            Stage::Waiting(_) => return Err(Violation),
+            Stage::Receiving(receiving) => match receiving.take(frame)? {
+                Some(outcome @ Outcome::Failed(_)) => connection.say(outcome),
+                Some(outcome) => connection.answer(outcome),
+                None => {}
+            },
+            Stage::Sending(_) | Stage::Waiting(_) => return Err(Violation),
             // What was under way when the command ended, or was never started.
             Stage::Answered | Stage::Abandoned(_) | Stage::Detached(_) => {}
         }
@@ -381,6 +399,23 @@ impl<'a> Agent<'a> {
             Call::RemoveFile(file) => {
                 self.has_root().and_then(|()| extra::remove(&file)).map(|()| Outcome::Done(Done {}))
             }
+            Call::Put(put) => match self.has_root().and_then(|()| Receiving::begin(&put)) {
+                Ok(receiving) => {
+                    connection.say(Outcome::Done(Done {}));
+                    connection.stage = Stage::Receiving(receiving);
+                    return;
+                }
+                Err(failed) => Err(failed),
+            },
+            Call::Get(get) => match self.has_root().and_then(|()| Sending::begin(&get)) {
+                Ok(sending) => {
+                    connection.say(Outcome::Done(Done {}));
+                    connection.stage = Stage::Sending(sending);
+                    return;
+                }
+                Err(failed) => Err(failed),
+            },
+            Call::Dial(_) | Call::Signal(_) | Call::Measure(_) => Err(invalid("not yet".into())),
             Call::Await(request) => match self.wait(slot, request) {
                 Ok(wait) => {
                     connection.stage = Stage::Waiting(wait);
@@ -544,7 +579,11 @@ impl<'a> Agent<'a> {
                 Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session) => {
                     !session.has_ended()
                 }
-                Stage::Asking | Stage::Waiting(_) | Stage::Answered => false,
+                Stage::Asking
+                | Stage::Waiting(_)
+                | Stage::Receiving(_)
+                | Stage::Sending(_)
+                | Stage::Answered => false,
             };
             if !stopping.commands_have_ended && !self.connections.iter().flatten().any(runs) {
                 stopping.commands_have_ended = true;

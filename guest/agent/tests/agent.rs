@@ -28,3 +28,5 @@ mod setup;
 mod streams;
 #[path = "agent/terminals.rs"]
 mod terminals;
+#[path = "agent/trees.rs"]
+mod trees;

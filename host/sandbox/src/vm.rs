@@ -4,6 +4,7 @@ pub(crate) mod boot;
 mod builder;
 pub(crate) mod copying;
 mod exec;
+mod inside;
 mod target;
 
 use std::io;
@@ -19,6 +20,7 @@ pub use builder::VmBuilder;
 pub use copying::{MachineCopy, Standstill};
 pub use exec::{ExecBuilder, ExecError, Output};
 pub use target::AskError;
+pub(crate) use target::Target;
 
 use copying::Origin;
 

@@ -220,7 +220,13 @@ impl Keeper {
 /// Whether a call asks for something in the guest. The others are what a keeper makes of its own requests.
 fn is_a_clients(call: &Call) -> bool {
     match call {
-        Call::Exec(_) | Call::Hello(_) => true,
+        Call::Exec(_)
+        | Call::Hello(_)
+        | Call::Put(_)
+        | Call::Get(_)
+        | Call::Dial(_)
+        | Call::Signal(_)
+        | Call::Measure(_) => true,
         Call::Setup(_)
         | Call::PowerOff(_)
         | Call::Park(_)

@@ -1,0 +1,59 @@
+//! What a handle on a machine that another process keeps does in its guest besides running commands. What is carried does not
+//! pass the keeper.
+
+use std::path::Path;
+
+use tokio::io::AsyncRead;
+
+use super::Kept;
+use crate::files::{self, Copied, CopyOptions, FileError, GuestFile};
+use crate::vm::Target;
+
+impl Kept {
+    /// As [`Vm::read_file`](crate::Vm::read_file).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn read_file(&self, path: impl AsRef<Path>) -> Result<GuestFile, FileError> {
+        files::read(Target::Kept(self), path.as_ref()).await
+    }
+
+    /// As [`Vm::write_file`](crate::Vm::write_file).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn write_file(
+        &self,
+        path: impl AsRef<Path>,
+        mode: u32,
+        contents: impl AsyncRead + Unpin,
+    ) -> Result<u64, FileError> {
+        files::write(Target::Kept(self), path.as_ref(), mode, contents).await
+    }
+
+    /// As [`Vm::copy_in`](crate::Vm::copy_in).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn copy_in(
+        &self,
+        from: impl AsRef<Path>,
+        to: impl AsRef<Path>,
+        options: CopyOptions,
+    ) -> Result<Copied, FileError> {
+        files::copy_in(Target::Kept(self), from.as_ref(), to.as_ref(), options).await
+    }
+
+    /// As [`Vm::copy_out`](crate::Vm::copy_out).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn copy_out(
+        &self,
+        from: impl AsRef<Path>,
+        to: impl AsRef<Path>,
+        options: CopyOptions,
+    ) -> Result<Copied, FileError> {
+        files::copy_out(Target::Kept(self), from.as_ref(), to.as_ref(), options).await
+    }
+}
