@@ -1,15 +1,11 @@
 //! A VM that runs is made into two: for how long it stands still, and when the second runs a command. Memory it has written is
 //! part of the measure, for a fork copies it.
 
-use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
-use kiln::store::Store;
-use kiln::{Disk, GuestBundle, MonitorProgram, Scratch, Vm, VmBuilder};
-use kiln_testkit::image;
+use anyhow::{Context as _, Result};
 
-use crate::kiln;
+use crate::machines::{Machines, succeed};
 use crate::report::Report;
 
 const MEMORY_MIB: u32 = 1024;
@@ -17,29 +13,12 @@ const MEMORY_MIB: u32 = 1024;
 const WRITTEN_MIB: [u32; 2] = [0, 16];
 
 pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
-    let place = tempfile::tempdir().context("a directory")?;
-    let root = place.path().join("store");
-    let name = image::busybox()?.reference();
-    let pulled = Command::new(kiln()?).args(["pull", "--quiet", &name]).env("KILN_ROOT", &root).status();
-    if !pulled.context("cannot start kiln")?.success() {
-        bail!("kiln pull failed");
-    }
-    let folder = crate::guest()?;
-    let store = Store::open(&root)?;
-    let image = kiln::image::find(&store, &name, None)?;
-    let program = kiln()?;
-    let builder = || -> Result<VmBuilder> {
-        Ok(Vm::builder(GuestBundle::from_dir(&folder)?, Disk::from_image(&image)?)
-            .monitor_program(MonitorProgram::at(&program))
-            .memory_mib(MEMORY_MIB)
-            .scratch(Scratch::Disk { folder: root.clone(), size_bytes: 10 << 30 })
-            .command_is_process_1(false))
-    };
+    let machines = Machines::prepare(MEMORY_MIB)?;
     report.note(format!("{MEMORY_MIB} MiB, 1 vCPU, a disk of 10 GiB, busybox; the source runs all the time"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
     runtime.block_on(async {
         for written in WRITTEN_MIB {
-            let source = builder()?.snapshots(&store, &image).start().await?;
+            let source = machines.start().await?;
             if written > 0 {
                 succeed(
                     &source,
@@ -49,9 +28,9 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
             }
             for _ in 0..runs {
                 let start = Instant::now();
-                let (copy, standstill) = source.copy(&root).await?;
+                let (copy, standstill) = source.copy(&machines.root()).await?;
                 let copied = start.elapsed();
-                let fork = builder()?.from_copy(copy, &image).start().await?;
+                let fork = machines.builder()?.from_copy(copy, &machines.image).start().await?;
                 let made = start.elapsed();
                 succeed(&fork, &["true"]).await?;
                 let ran = start.elapsed();
@@ -69,12 +48,4 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
         }
         Ok(())
     })
-}
-
-async fn succeed(vm: &Vm, argv: &[&str]) -> Result<()> {
-    let output = vm.exec(argv.iter().copied()).output().await?;
-    if !output.status.success() {
-        bail!("{argv:?}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-    Ok(())
 }

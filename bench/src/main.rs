@@ -1,4 +1,4 @@
-//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|snapshot|fork|pool|pull|rootfs|io [--runs N] [--firecracker PROGRAM] [--json FILE]`.
+//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|snapshot|fork|pool|pull|rootfs|io|size [--runs N] [--firecracker PROGRAM] [--json FILE]`.
 //!
 //! Both sides of a comparison are interleaved in one run, because machines are shared and noisy; each figure says what
 //! clock it is by its name. A missing input is a failure.
@@ -10,20 +10,23 @@ mod firecracker;
 mod fork;
 mod host;
 mod io;
+mod machines;
 mod pool;
 mod pull;
 mod report;
 mod restore;
 mod rootfs;
+mod size;
 mod snapshot;
 
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
+use kiln::{BuiltIn, Digest, MonitorProgram};
 
 use report::Report;
 
-const USAGE: &str = "usage: cargo xtask bench boot|restore|snapshot|fork|pool|pull|rootfs|io [--runs N] [--firecracker PROGRAM] [--json FILE]";
+const USAGE: &str = "usage: cargo xtask bench boot|restore|snapshot|fork|pool|pull|rootfs|io|size [--runs N] [--firecracker PROGRAM] [--json FILE]";
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -44,9 +47,10 @@ fn main() -> Result<()> {
         "restore" => restore::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "snapshot" => snapshot::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "fork" => fork::run(&mut report, runs.unwrap_or(50))?,
-        "pool" => pool::run(&mut report, runs.unwrap_or(50))?,
+        "pool" => pool::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "pull" => pull::run(&mut report, runs.unwrap_or(10))?,
         "rootfs" => rootfs::run(&mut report, runs.unwrap_or(10))?,
+        "size" => size::run(&mut report, runs.unwrap_or(50))?,
         "io" => io::run(&mut report, runs.unwrap_or(20))?,
         other => bail!("no benchmark named {other}\n{USAGE}"),
     }
@@ -60,6 +64,20 @@ fn main() -> Result<()> {
 /// The `kiln` to measure.
 fn kiln() -> Result<PathBuf> {
     given("KILN")
+}
+
+/// The monitor to measure, as it is part of the `kiln` to measure.
+fn monitor_part() -> Result<BuiltIn> {
+    let path = given("KILN_MONITOR")?;
+    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    // A few of them, for as long as this process is.
+    let bytes: &'static [u8] = Vec::leak(bytes);
+    Ok(BuiltIn { bytes, sha256: Digest::of(bytes) })
+}
+
+/// The same, to be executed.
+fn monitor() -> Result<MonitorProgram> {
+    MonitorProgram::built_in(monitor_part()?).context("a file in memory to execute")
 }
 
 /// The folder with the guest to measure.

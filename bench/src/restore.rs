@@ -12,7 +12,6 @@ use kiln_protocol::mailbox::Generation;
 use kiln_testkit::guest::{Guest, Saved};
 
 use crate::firecracker::Firecracker;
-use crate::kiln;
 use crate::report::Report;
 
 const MEMORY_MIB: u32 = 256;
@@ -87,7 +86,7 @@ fn processes(
     });
     let theirs = theirs.transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
-    let program = MonitorProgram::at(kiln()?);
+    let program = crate::monitor()?;
     for cold in [false, true] {
         let name = if cold { "files dropped from the page cache" } else { "files in the page cache" };
         for run in 0..runs {

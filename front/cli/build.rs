@@ -1,45 +1,61 @@
-//! Puts the guest (kernel and initramfs), its digests and the commit into the program.
+//! Puts the guest (kernel and initramfs), the monitor, their digests and the commit into the program.
 //!
 //! `KILN_GUEST_DIR` names a folder with `vmlinux` and `initramfs.cpio`, which become part of the binary; without it
-//! the binary looks for a guest when it runs. `KILN_COMMIT` overrides what git says.
+//! the binary looks for a guest when it runs. `KILN_MONITOR` names a `kiln-monitor` that becomes part of it; without it the
+//! binary is its own monitor. `KILN_COMMIT` overrides what git says.
 
 #![forbid(unsafe_code)]
 
 use std::env;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use sha2::{Digest, Sha256};
 
+const GUEST: &str = "KILN_GUEST_DIR";
+const MONITOR: &str = "KILN_MONITOR";
+
 fn main() {
-    println!("cargo::rerun-if-env-changed=KILN_GUEST_DIR");
+    println!("cargo::rerun-if-env-changed={GUEST}");
+    println!("cargo::rerun-if-env-changed={MONITOR}");
     println!("cargo::rerun-if-env-changed=KILN_COMMIT");
     let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
-    fs::write(Path::new(&out).join("guest.rs"), guest()).expect("OUT_DIR can be written");
+    fs::write(Path::new(&out).join("built_in.rs"), guest() + &monitor()).expect("OUT_DIR can be written");
     println!("cargo::rustc-env=KILN_COMMIT={}", commit());
 }
 
 fn guest() -> String {
     const TYPE: &str = "const GUEST: Option<(kiln_cli::BuiltIn, kiln_cli::BuiltIn)>";
-    let Some(folder) = env::var_os("KILN_GUEST_DIR").filter(|folder| !folder.is_empty()) else {
-        return format!("{TYPE} = None;\n");
-    };
-    let part = |name: &str| {
-        let path = Path::new(&folder).join(name);
-        let path = fs::canonicalize(&path)
-            .unwrap_or_else(|error| panic!("KILN_GUEST_DIR: {}: {error}", path.display()));
-        println!("cargo::rerun-if-changed={}", path.display());
-        let content =
-            fs::read(&path).unwrap_or_else(|error| panic!("KILN_GUEST_DIR: {}: {error}", path.display()));
-        let sha256: [u8; 32] = Sha256::digest(&content).into();
-        // As a string literal of Rust's.
-        let path = format!("{:?}", path.to_str().expect("KILN_GUEST_DIR is valid UTF-8"));
-        format!(
-            "kiln_cli::BuiltIn {{ bytes: include_bytes!({path}), sha256: kiln_cli::Digest::from_bytes({sha256:?}) }}"
-        )
-    };
+    let Some(folder) = named(GUEST) else { return format!("{TYPE} = None;\n") };
+    let part = |name: &str| built_in(GUEST, &folder.join(name));
     format!("{TYPE} = Some(({}, {}));\n", part("vmlinux"), part("initramfs.cpio"))
+}
+
+fn monitor() -> String {
+    const TYPE: &str = "const MONITOR: Option<kiln_cli::BuiltIn>";
+    match named(MONITOR) {
+        Some(path) => format!("{TYPE} = Some({});\n", built_in(MONITOR, &path)),
+        None => format!("{TYPE} = None;\n"),
+    }
+}
+
+fn named(variable: &str) -> Option<PathBuf> {
+    env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+/// The file that `variable` has named, as an expression.
+fn built_in(variable: &str, path: &Path) -> String {
+    let path =
+        fs::canonicalize(path).unwrap_or_else(|error| panic!("{variable}: {}: {error}", path.display()));
+    println!("cargo::rerun-if-changed={}", path.display());
+    let content = fs::read(&path).unwrap_or_else(|error| panic!("{variable}: {}: {error}", path.display()));
+    let sha256: [u8; 32] = Sha256::digest(&content).into();
+    // As a string literal of Rust's.
+    let path = format!("{:?}", path.to_str().unwrap_or_else(|| panic!("{variable} is not valid UTF-8")));
+    format!(
+        "kiln_cli::BuiltIn {{ bytes: include_bytes!({path}), sha256: kiln_cli::Digest::from_bytes({sha256:?}) }}"
+    )
 }
 
 fn commit() -> String {

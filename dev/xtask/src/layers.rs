@@ -39,7 +39,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
 
 /// Single edges beside the table, each with its reason.
 const EXCEPTIONS: &[(&str, &str)] = &[
-    // The monitor is the same binary: its `main` hands over to the machine before it is anything else.
+    // The binary can be a monitor itself: its `main` hands over to the machine before it is anything else.
     ("front/cli", "machine/vmm"),
 ];
 

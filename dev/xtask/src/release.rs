@@ -6,21 +6,38 @@ use anyhow::{Context as _, Result};
 
 use crate::{initramfs, kernel, paths, process};
 
+const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+
 /// Builds Kiln and prints where it is.
 pub(crate) fn run(_args: &[String]) -> Result<()> {
     println!("{}", build(&guest_dir()?)?.display());
     Ok(())
 }
 
-/// Builds `target/release/kiln` with the guest files in `guest` inside, and returns its path.
+/// Builds `target/release/kiln` with the guest files in `guest` and the monitor inside, and returns its path.
 ///
-/// `front/cli/build.rs` finds the directory by `KILN_GUEST_DIR` and embeds both.
+/// `front/cli/build.rs` finds them by `KILN_GUEST_DIR` and `KILN_MONITOR`, and embeds them.
 pub(crate) fn build(guest: &Path) -> Result<PathBuf> {
     process::run(
         process::cargo(["build", "--release", "--package", "kiln-cli", "--bin", "kiln"])
-            .env("KILN_GUEST_DIR", guest),
+            .env("KILN_GUEST_DIR", guest)
+            .env("KILN_MONITOR", monitor()?),
     )?;
     Ok(paths::target().join("release/kiln"))
+}
+
+/// Builds the monitor as a program of its own, linked statically, and returns its path.
+///
+/// It is executed once a machine: there is no linker to run and no library to map, and few pages to read.
+pub(crate) fn monitor() -> Result<PathBuf> {
+    static_program("kiln-vmm", "kiln-monitor", "monitor")
+}
+
+/// Builds a program of a package with a profile, linked statically, and returns its path.
+pub(crate) fn static_program(package: &str, program: &str, profile: &str) -> Result<PathBuf> {
+    let mut build = process::cargo(["build", "--package", package, "--bin", program, "--profile", profile]);
+    process::run(build.args(["--target", TRIPLE]).env("RUSTFLAGS", "-C target-feature=+crt-static"))?;
+    Ok(paths::target().join(TRIPLE).join(profile).join(program))
 }
 
 /// Builds both guest files and returns the directory that holds them as `vmlinux` and `initramfs.cpio`.

@@ -21,8 +21,6 @@ const RIG_LIMIT_SECONDS: &str = "3600";
 /// Crates whose own tests use /dev/kvm, so that they run on both kinds of it.
 const KVM_CRATES: [&str; 2] = ["kiln-hypervisor", "kiln-vmm"];
 
-const TRIPLE: &str = "x86_64-unknown-linux-gnu";
-
 /// Runs the system tests: `[--rig [--kvm]] [FILTER...]`, filters and options as libtest has them. `--rig --kvm` runs
 /// only the tests of the crates that use KVM themselves.
 pub(crate) fn run(args: &[String]) -> Result<()> {
@@ -120,17 +118,19 @@ fn test_programs(selection: &[&str]) -> Result<Vec<PathBuf>> {
 
 /// Builds the static program that looks at guests from inside.
 pub(crate) fn probe() -> Result<PathBuf> {
-    let mut build = process::cargo(["build", "--release", "--package", "kiln-probe", "--target", TRIPLE]);
-    process::run(build.env("RUSTFLAGS", "-C target-feature=+crt-static"))?;
-    Ok(paths::target().join(TRIPLE).join("release/kiln-probe"))
+    release::static_program("kiln-probe", "kiln-probe", "release")
 }
 
 /// Runs a benchmark: `boot|pull|rootfs|io [--json FILE]`.
 pub(crate) fn bench(args: &[String]) -> Result<()> {
     let guest = release::guest_dir()?;
     let kiln = release::build(&guest)?;
-    let environment: [(&str, &Path); 3] =
-        [("KILN", &kiln), ("KILN_PROBE", &probe()?), ("KILN_TEST_GUEST", &guest)];
+    let environment: [(&str, &Path); 4] = [
+        ("KILN", &kiln),
+        ("KILN_MONITOR", &release::monitor()?),
+        ("KILN_PROBE", &probe()?),
+        ("KILN_TEST_GUEST", &guest),
+    ];
     let mut bench = process::cargo(["run", "--quiet", "--release", "--package", "kiln-bench", "--"]);
     process::run(bench.args(args).envs(environment))
 }

@@ -9,7 +9,6 @@ mod kvm;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use kiln::MonitorProgram;
 use serde::Serialize;
 
 use crate::Context;
@@ -81,7 +80,7 @@ pub(crate) async fn doctor(context: &Context, json: bool) -> Result<u8, Failure>
     let root = Path::new("/");
     let store = context.root()?;
     let mut findings = vec![kvm::device(root), kvm::kind(root)];
-    findings.extend(kvm::monitor(&MonitorProgram::this()).await);
+    findings.extend(kvm::monitor(&context.monitor()).await);
     findings.extend([
         kvm::nx_huge_pages(root),
         host::guest(context.guest()),

@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use kiln::GuestBundle;
+use kiln::{GuestBundle, MonitorProgram};
 
 pub use kiln::monitor::MONITOR_NAME;
 pub use kiln::{BuiltIn, Digest};
@@ -43,6 +43,8 @@ pub struct Build {
     pub commit: &'static str,
     /// Guest kernel and initramfs, when they are part of the program.
     pub guest: Option<(BuiltIn, BuiltIn)>,
+    /// The monitor, when one that is a program of its own is part of this one.
+    pub monitor: Option<BuiltIn>,
 }
 
 /// The whole command line as data, for man pages and completions.
@@ -147,6 +149,13 @@ impl Context {
             Some((kernel, initramfs)) if !named => GuestBundle::built_in(kernel, initramfs),
             _ => GuestBundle::find()?,
         })
+    }
+
+    /// What machines' processes are made from: the monitor that is built in, or this very program, which can be one.
+    fn monitor(&self) -> MonitorProgram {
+        // Where files in memory may not be executed, a start takes longer, and that is all.
+        let built_in = self.build.monitor.map(MonitorProgram::built_in).and_then(Result::ok);
+        built_in.unwrap_or_else(MonitorProgram::this)
     }
 }
 

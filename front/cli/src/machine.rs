@@ -35,6 +35,7 @@ pub(crate) fn builder(
     };
     let events = events.clone();
     Ok(Vm::builder(guest, images::disk(image)?)
+        .monitor_program(context.monitor())
         .memory_mib(flags.memory.0)
         .vcpus(flags.cpus)
         .scratch(scratch)

@@ -125,8 +125,7 @@ impl Image {
         let scratch = snapshot::scratch(&self.0.scratch, &self.0.snapshot).await?;
         let disks = [&self.0.root, &scratch];
         let hostname = self.hostname()?;
-        let (monitor, times) =
-            snapshot::restore(monitor, &self.0.snapshot, &disks, None, &hostname, |_, _| {}).await?;
+        let times = snapshot::make(&monitor, &self.0.snapshot, &disks, &hostname).await?;
         Ok(self.machine(Member { monitor, scratch }, Times::Restore(times)))
     }
 

@@ -1,12 +1,13 @@
 //! The guest bundle: the kernel every machine boots and the initramfs that holds the agent.
 
 use std::fs::File;
-use std::io::{self, Seek, Write};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use kiln_support::digest::{Digest, Hasher};
-use rustix::fs::{MemfdFlags, SealFlags};
+
+use crate::sealed::{Use, sealed};
 
 /// The kernel's file name in a bundle's folder.
 pub const KERNEL_FILE: &str = "vmlinux";
@@ -178,7 +179,7 @@ impl Part {
     fn file(&self, name: &str) -> Result<File, BundleError> {
         match self {
             Self::File(file) => file.try_clone(),
-            Self::BuiltIn(part) => sealed(name, part.bytes),
+            Self::BuiltIn(part) => sealed(name, part.bytes, Use::Reading),
         }
         .map_err(BundleError::Memory)
     }
@@ -223,18 +224,6 @@ fn open(path: &Path) -> Result<File, BundleError> {
     Ok(file)
 }
 
-fn sealed(name: &str, bytes: &[u8]) -> io::Result<File> {
-    let mut file =
-        File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
-    file.write_all(bytes)?;
-    file.rewind()?;
-    rustix::fs::fcntl_add_seals(
-        &file,
-        SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,
-    )?;
-    Ok(file)
-}
-
 fn digest(file: &File) -> io::Result<Digest> {
     let mut hasher = Hasher::new();
     let mut buffer = vec![0; 64 << 10];
@@ -252,7 +241,7 @@ fn digest(file: &File) -> io::Result<Digest> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
+    use std::io::{Read, Write};
 
     #[test]
     fn a_bundle_from_bytes_cannot_be_changed() {

@@ -17,6 +17,7 @@ mod files;
 pub mod launch;
 pub mod monitor;
 mod pool;
+mod sealed;
 pub mod signal;
 mod snapshot;
 mod vm;

@@ -16,10 +16,10 @@ mod life;
 mod orders;
 mod probe;
 mod process;
+mod program;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -40,6 +40,7 @@ use life::Life;
 pub use life::{BootTimes, RestoreTimes};
 pub use probe::{Missing, Obstacle, Probe, probe};
 use process::Process;
+pub use program::MonitorProgram;
 
 use crate::Blame;
 
@@ -51,30 +52,6 @@ const STDERR_TAIL_BYTES: usize = 8 << 10;
 pub(crate) const ADOPT_LIMIT: Duration = Duration::from_mins(2);
 /// How long a monitor may take to go once its machine has ended or its channel is closed; then it is killed.
 const EXIT_LIMIT: Duration = Duration::from_secs(5);
-
-/// The executable that monitors are made from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MonitorProgram {
-    path: PathBuf,
-}
-
-impl MonitorProgram {
-    /// The running program itself, as the `kiln` binary uses it. Its `main` must hand over to the monitor when
-    /// `argv[0]` is [`MONITOR_NAME`].
-    pub fn this() -> Self {
-        Self { path: "/proc/self/exe".into() }
-    }
-
-    /// Another executable: what a program names that embeds this library, usually the installed `kiln`.
-    pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into() }
-    }
-
-    /// Where the executable is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
 
 /// Is told lines, from a task of the runtime; must not block for long.
 pub type LineListener = Arc<dyn Fn(&str) + Send + Sync>;
@@ -99,10 +76,10 @@ pub struct Monitor {
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// The process could not be started.
-    #[error("cannot start the monitor {}", path.display())]
+    #[error("cannot start the monitor {program}")]
     Spawn {
         /// The executable.
-        path: PathBuf,
+        program: MonitorProgram,
         /// What the system said.
         #[source]
         source: io::Error,

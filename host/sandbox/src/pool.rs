@@ -11,12 +11,14 @@
 //! Who comes when all are taken waits in line.
 
 mod admission;
+mod builder;
+mod error;
 mod seats;
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
@@ -24,35 +26,16 @@ use tokio::sync::{Notify, oneshot};
 use crate::baked::{Image, Member};
 use crate::monitor::Monitor;
 use crate::vm::{Machine, Vm, VmError};
-use crate::{Blame, MachineEnd};
 use admission::Admission;
+use builder::Options;
+pub use builder::PoolBuilder;
+pub use error::PoolError;
 use seats::{Counts, Role, Seat};
 
 /// How many machines may be made at a time on the way of an acquisition; more would only make all of them late.
 const MAKING_MAX: usize = 4;
 /// How many machines that died in wait an acquisition passes over.
 const DEAD_MAX: usize = 8;
-/// The most machines of a pool.
-const MACHINES_MAX: usize = 4096;
-
-/// What a pool is to be. Made by [`Image::pool`].
-#[derive(Debug)]
-#[must_use]
-pub struct PoolBuilder {
-    image: Image,
-    options: Options,
-}
-
-#[derive(Clone, Debug)]
-struct Options {
-    min: usize,
-    max: usize,
-    shells: usize,
-    idle_timeout: Option<Duration>,
-    acquire_timeout: Duration,
-    restore_timeout: Duration,
-    restore_on_release: bool,
-}
 
 /// Machines of one image, ready to be acquired. Clones are the same pool; with the last of them its waiting machines end, while
 /// those that are leased live on with their owners.
@@ -152,135 +135,6 @@ pub struct PoolStats {
     pub recycled: u64,
     /// Machines that could not be made or recycled so far.
     pub failed: u64,
-}
-
-/// Why there is no machine for who asked.
-#[derive(Debug, thiserror::Error)]
-pub enum PoolError {
-    /// All machines stayed taken.
-    #[error("no machine was free within {:.1} s: all {max} are taken", after.as_secs_f64())]
-    Exhausted {
-        /// How long it was waited.
-        after: Duration,
-        /// As many as there may be.
-        max: usize,
-    },
-    /// The pool is being shut down.
-    #[error("the pool is closed")]
-    Closed,
-    /// The host has not enough memory left for another machine.
-    #[error(
-        "another machine needs {needed_bytes} bytes of memory where the host has {available_bytes} to spare"
-    )]
-    Memory {
-        /// What machines of this pool were measured to need, and what is left to the host.
-        needed_bytes: u64,
-        /// What the host has.
-        available_bytes: u64,
-    },
-    /// One could not be made.
-    #[error(transparent)]
-    Vm(#[from] VmError),
-}
-
-impl PoolError {
-    /// Whose fault this is.
-    pub fn blame(&self) -> Blame {
-        match self {
-            Self::Exhausted { .. } | Self::Closed => Blame::Caller,
-            Self::Memory { .. } => Blame::Host,
-            Self::Vm(error) => error.blame(),
-        }
-    }
-
-    /// How the machine ended, when that is what went wrong.
-    pub fn machine_end(&self) -> Option<&MachineEnd> {
-        match self {
-            Self::Vm(error) => error.machine_end(),
-            _ => None,
-        }
-    }
-}
-
-impl PoolBuilder {
-    pub(crate) fn new(image: Image) -> Self {
-        let options = Options {
-            min: 1,
-            max: 16,
-            shells: 1,
-            idle_timeout: Some(Duration::from_mins(5)),
-            acquire_timeout: Duration::from_secs(30),
-            restore_timeout: Duration::from_secs(30),
-            restore_on_release: true,
-        };
-        Self { image, options }
-    }
-
-    /// How many machines wait at the least, as far as `max` allows; 1 by default.
-    pub fn min(mut self, machines: usize) -> Self {
-        self.options.min = machines;
-        self
-    }
-
-    /// How many machines there are at the most, those that are leased among them; 16 by default, 4096 at the most.
-    pub fn max(mut self, machines: usize) -> Self {
-        self.options.max = machines;
-        self
-    }
-
-    /// How many monitor processes wait without a guest, some 2 MiB each, so that a machine that has to be made on somebody's
-    /// way is made in one of them; 1 by default.
-    pub fn shells(mut self, processes: usize) -> Self {
-        self.options.shells = processes;
-        self
-    }
-
-    /// After what time a waiting machine ends that is not needed to have `min` of them; 5 minutes by default, `None` for never.
-    pub fn idle_timeout(mut self, limit: impl Into<Option<Duration>>) -> Self {
-        self.options.idle_timeout = limit.into();
-        self
-    }
-
-    /// How long an acquisition may take, its place in line and the making of a machine included; 30 s by default.
-    pub fn acquire_timeout(mut self, limit: Duration) -> Self {
-        self.options.acquire_timeout = limit;
-        self
-    }
-
-    /// How long it may take to make a machine, or to recycle one; 30 s by default.
-    pub fn restore_timeout(mut self, limit: Duration) -> Self {
-        self.options.restore_timeout = limit;
-        self
-    }
-
-    /// Whether a machine that comes back gives way to a fresh guest, which is so by default. Otherwise the next owner has it as
-    /// the last one left it: files, processes, secrets and all; it stands still in between.
-    pub fn restore_on_release(mut self, yes: bool) -> Self {
-        self.options.restore_on_release = yes;
-        self
-    }
-
-    /// Makes the pool; its machines are made in the background.
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime.
-    pub fn build(self) -> Pool {
-        let Self { image, mut options } = self;
-        options.max = options.max.clamp(1, MACHINES_MAX);
-        options.min = options.min.min(options.max);
-        let inner = Arc::new(Inner {
-            image,
-            options,
-            admission: Admission::default(),
-            runtime: Handle::current(),
-            state: Mutex::default(),
-            changed: Notify::new(),
-            left: Notify::new(),
-        });
-        inner.runtime.spawn(tend(Arc::clone(&inner)));
-        inner.changed.notify_one();
-        Pool { owner: Arc::new(Owner { inner }) }
-    }
 }
 
 impl Drop for Owner {
@@ -493,14 +347,21 @@ impl Inner {
         let idle = Idle { member, since: Instant::now(), used, seat };
         let mut state = self.lock();
         if state.closed {
-            // The seat goes without the lock.
             drop(state);
-            drop(idle);
+            self.end(idle.member.monitor, idle.seat);
             return;
         }
         state.idle.push_back(idle);
         drop(state);
         self.serve();
+    }
+
+    /// Ends a machine, and gives up its place when nothing is left of it.
+    fn end(&self, monitor: Monitor, seat: Seat) {
+        self.runtime.spawn(async move {
+            monitor.stop().await;
+            drop(seat);
+        });
     }
 
     /// Makes one that is to wait.
@@ -553,7 +414,7 @@ impl Inner {
             return;
         };
         if self.lock().closed || monitor.has_ended().is_some() {
-            return;
+            return self.end(monitor, seat);
         }
         self.admission.measure(monitor.process_id());
         seat.take(Role::Recycling);
@@ -612,7 +473,9 @@ impl Inner {
             let may_go = state.idle.len() > self.options.min;
             state.idle.front().and_then(due).filter(|_| may_go)
         };
-        drop(surplus);
+        for Idle { member, seat, .. } in surplus {
+            self.end(member.monitor, seat);
+        }
         next
     }
 }

@@ -220,6 +220,11 @@ impl Vm {
         self.times
     }
 
+    /// The process id of its monitor.
+    pub fn monitor_id(&self) -> u32 {
+        self.machine.monitor.process_id()
+    }
+
     /// Waits for the end of the machine, however it comes.
     pub async fn ended(&self) -> Arc<MachineEnd> {
         self.machine.monitor.ended().await

@@ -10,7 +10,7 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use kiln_jail::Launch;
+use kiln_jail::{Launch, Program};
 use rustix::time::{ClockId, clock_gettime};
 
 const PROGRAM: &str = "/proc/self/exe";
@@ -62,7 +62,8 @@ fn measure(runs: usize) {
         let stderr = std::io::stderr();
         let fds = [null.as_fd(), stdout.as_fd(), stderr.as_fd()];
         let start = now_us();
-        let child = kiln_jail::spawn(&Launch { program: Path::new(PROGRAM), args: &["jailed"], fds: &fds });
+        let program = Program::Path(Path::new(PROGRAM));
+        let child = kiln_jail::spawn(&Launch { program, args: &["jailed"], fds: &fds });
         let child = child.expect("a process");
         let spawned = now_us();
         drop(stdout);

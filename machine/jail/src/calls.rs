@@ -155,6 +155,12 @@ pub const CALLS: &[Call] = &[
     only("prctl", libc::SYS_prctl, &[&[is(0, libc::PR_SET_NAME as u64)]], "the name of a thread"),
     any("rt_sigprocmask", libc::SYS_rt_sigprocmask, "the start and end of a thread"),
     only("rt_sigaction", libc::SYS_rt_sigaction, HANDLERS, "the first thread, by the C library; a crash"),
+    only(
+        "setitimer",
+        libc::SYS_setitimer,
+        &[&[is(0, libc::ITIMER_REAL as u64)]],
+        "a limit to a guest's first answer",
+    ),
     any("rt_sigreturn", libc::SYS_rt_sigreturn, "the end of a signal's handler"),
     only(
         "tgkill",

@@ -10,7 +10,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr;
 
 use crate::spawn::{CAP_SETPCAP, CAP_SYS_ADMIN};
-use crate::{filter, landlock, limits};
+use crate::{deadline, filter, landlock, limits};
 
 /// The user ids of which a host that is root takes one for each process: nobody's, by number, so that two of them
 /// are strangers to each other and to everybody else ("kiln" in ASCII, the last digits free).
@@ -91,6 +91,7 @@ pub fn enter<T>(prepare: impl FnOnce(Vec<OwnedFd>) -> T) -> Result<Jailed<T>, En
     })?;
     give_up_capabilities()?;
     limits::set().map_err(|source| EnterError { step: "limit itself", source, hint: DOCTOR })?;
+    deadline::arm().map_err(|source| EnterError { step: "set its deadline", source, hint: DOCTOR })?;
     filter::install().map_err(|source| EnterError {
         step: "limit its system calls",
         source,

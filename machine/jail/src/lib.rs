@@ -16,6 +16,7 @@
 //! it opens while [`enter`](enter()) lets it.
 
 mod calls;
+mod deadline;
 mod enter;
 mod filter;
 mod landlock;
@@ -23,7 +24,8 @@ mod limits;
 mod spawn;
 
 pub use calls::{CALLS, Call, Need, Rule};
+pub use deadline::deadline;
 pub use enter::{EnterError, Jailed, enter};
 pub use landlock::version as landlock_version;
 pub use limits::{OVERHEAD_BYTES, confine};
-pub use spawn::{Child, Launch, SpawnError, spawn};
+pub use spawn::{Child, Launch, Program, SpawnError, spawn};

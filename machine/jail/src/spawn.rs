@@ -26,11 +26,20 @@ pub(crate) const CAP_SETPCAP: u32 = 8;
 pub(crate) const CAP_SYS_ADMIN: u32 = 21;
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
+/// An executable.
+#[derive(Clone, Copy, Debug)]
+pub enum Program<'a> {
+    /// By its path. `/proc/self/exe` is this very program.
+    Path(&'a Path),
+    /// By a descriptor of it, whatever its name is or was; no script.
+    File(BorrowedFd<'a>),
+}
+
 /// What is to be started.
 #[derive(Debug)]
 pub struct Launch<'a> {
-    /// The executable. `/proc/self/exe` is this very program.
-    pub program: &'a Path,
+    /// The executable.
+    pub program: Program<'a>,
     /// Its arguments, its own name among them.
     pub args: &'a [&'a str],
     /// Its descriptors from 0 on; it gets no others, and no environment.
@@ -60,7 +69,10 @@ pub struct Child {
 
 /// What the child is told and what it tells, in memory that both see.
 struct Plan<'a> {
-    program: &'a CStr,
+    /// Beside `file`, or from there on.
+    path: &'a CStr,
+    /// The executable itself, where `path` is empty.
+    file: Option<BorrowedFd<'a>>,
     argv: &'a [*const libc::c_char],
     fds: &'a [BorrowedFd<'a>],
     /// It is in a user namespace of its own.
@@ -85,7 +97,10 @@ const FAILED_EXECUTE: c_int = 2;
 pub fn spawn(launch: &Launch<'_>) -> Result<Child, SpawnError> {
     let invalid = || SpawnError::Host(io::ErrorKind::InvalidInput.into());
     let text = |bytes: &[u8]| CString::new(bytes).map_err(|_| invalid());
-    let program = text(launch.program.as_os_str().as_bytes())?;
+    let (path, file) = match launch.program {
+        Program::Path(path) => (text(path.as_os_str().as_bytes())?, None),
+        Program::File(file) => (CString::default(), Some(file)),
+    };
     let args: Vec<CString> = launch.args.iter().map(|arg| text(arg.as_bytes())).collect::<Result<_, _>>()?;
     let argv: Vec<_> = args.iter().map(|arg| arg.as_ptr()).chain([ptr::null()]).collect();
     if launch.fds.len() > FDS_MAX {
@@ -93,7 +108,7 @@ pub fn spawn(launch: &Launch<'_>) -> Result<Child, SpawnError> {
     }
     let has_user_namespace = !rustix::process::geteuid().is_root();
     let mut plan =
-        Plan { program: &program, argv: &argv, fds: launch.fds, has_user_namespace, failed: [0; 2] };
+        Plan { path: &path, file, argv: &argv, fds: launch.fds, has_user_namespace, failed: [0; 2] };
     let child = clone(&mut plan, has_user_namespace).map_err(SpawnError::Namespaces)?;
     let error = match plan.failed {
         [_, 0] => return Ok(child),
@@ -145,11 +160,13 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
     // SAFETY: the plan of `clone`, whose thread stands still.
     let plan = unsafe { &mut *plan.cast::<Plan<'_>>() };
     plan.failed = [FAILED_SETUP, 0];
-    if set_up(plan).is_ok() {
+    if let Ok(program) = set_up(plan) {
         plan.failed = [FAILED_EXECUTE, 0];
+        let (path, argv) = (plan.path.as_ptr(), plan.argv.as_ptr());
         let environment: [*const libc::c_char; 1] = [ptr::null()];
-        // SAFETY: the name is a C string, and both lists are of such and end with a null.
-        unsafe { libc::execve(plan.program.as_ptr(), plan.argv.as_ptr(), environment.as_ptr()) };
+        let flags = if plan.file.is_some() { libc::AT_EMPTY_PATH } else { 0 };
+        // SAFETY: the path is a C string, and both lists are of such and end with a null.
+        unsafe { libc::syscall(libc::SYS_execveat, program, path, argv, environment.as_ptr(), flags) };
     }
     plan.failed[1] = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL);
     // SAFETY: ends this process alone, without any of the handlers of the program whose memory it shares.
@@ -162,7 +179,8 @@ fn done(result: c_int) -> Result<c_int, Failed> {
     if result < 0 { Err(Failed) } else { Ok(result) }
 }
 
-fn set_up(plan: &Plan<'_>) -> Result<(), Failed> {
+/// Returns what the program's path starts from.
+fn set_up(plan: &Plan<'_>) -> Result<c_int, Failed> {
     // SAFETY: no pointers; no terminal is left to it, and no group in which it would get others' signals.
     done(unsafe { libc::setsid() })?;
     let count = plan.fds.len() as c_int;
@@ -172,6 +190,11 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failed> {
         // SAFETY: no pointers, and a descriptor that is open.
         *aside = done(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, count) })?;
     }
+    let program = match plan.file {
+        // SAFETY: as above.
+        Some(file) => done(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, count) })?,
+        None => libc::AT_FDCWD,
+    };
     for (place, aside) in (0..count).zip(aside) {
         // SAFETY: no pointers; the table of descriptors is the child's own.
         done(unsafe { libc::dup2(aside, place) })?;
@@ -179,7 +202,10 @@ fn set_up(plan: &Plan<'_>) -> Result<(), Failed> {
     let flags = libc::CLOSE_RANGE_CLOEXEC as c_int;
     // SAFETY: no pointers; this is the child's own table, and nothing of it is used after it executes.
     done(unsafe { libc::close_range(count as libc::c_uint, libc::c_uint::MAX, flags) })?;
-    if plan.has_user_namespace { keep_capabilities() } else { Ok(()) }
+    if plan.has_user_namespace {
+        keep_capabilities()?;
+    }
+    Ok(program)
 }
 
 /// Has the program keep what [`CAPABILITIES`] names: one whose user means nothing in its namespace would lose all as it executes.

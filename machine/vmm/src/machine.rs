@@ -96,7 +96,7 @@ impl<H: Hypervisor> Machine<H> {
         }
         self.shared.devices.pause();
         let parking = if self.shared.control.take_parked() { Parking::Doorbell } else { Parking::None };
-        Ok(Paused { machine: self, vcpus, parking })
+        Ok(Paused { machine: self, vcpus, parking, addressee: None })
     }
 
     /// Readable when the guest has parked itself: its vCPUs stand still, or will in moments, and [`pause`](Self::pause) takes
@@ -158,27 +158,34 @@ impl<H: Hypervisor> Paused<H> {
         let devices = devices(ioapic, &memory, console.input())?;
         let shared = Arc::new(Shared { control, devices, has_mail: AtomicBool::new(false), observer });
         let machine = Machine { shared, threads: Vec::new(), console, vm, memory, shape };
-        Ok(Self { machine, vcpus, parking: Parking::None })
+        Ok(Self { machine, vcpus, parking: Parking::None, addressee: None })
     }
 
     /// Lets the machine go on where it stopped.
     ///
+    /// With mail for its agent, this returns when the agent has taken it: the vCPU of the agent runs on the caller's thread until then, which is
+    /// sooner than on one that is yet to be made. Who cannot rely on the guest sets a limit
+    /// (`kiln_jail::deadline`).
+    ///
     /// # Errors
     /// What the host says when it has no thread left; the machine has ended then.
     pub fn resume(self) -> std::io::Result<Machine<H>> {
-        let Self { mut machine, vcpus, .. } = self;
+        let Self { mut machine, vcpus, addressee, .. } = self;
         machine.shared.devices.resume();
         machine.shared.control.resume();
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let (shared, memory) = (Arc::clone(&machine.shared), machine.memory.clone());
-            let thread = std::thread::Builder::new().name(format!("vcpu {index}")).spawn(move || {
-                if shared.has_mail.load(Ordering::Acquire) {
-                    // Where mail is there is memory for it.
-                    let _ = mailbox::tell_time(&memory);
+        for (index, mut vcpu) in vcpus.into_iter().enumerate() {
+            if addressee == Some(index) {
+                // Where mail is there is memory for it. As late as can be, for a host may let a thread wait.
+                let _ = mailbox::tell_time(&machine.memory);
+                match machine.shared.run(index, vcpu, Until::MailIsTaken) {
+                    Some(at_rest) => vcpu = at_rest,
+                    // It has ended, which its owner finds out.
+                    None => return Ok(machine),
                 }
-                shared.run(index, vcpu)
-            })?;
-            machine.threads.push(thread);
+            }
+            let shared = Arc::clone(&machine.shared);
+            let thread = std::thread::Builder::new().name(format!("vcpu {index}"));
+            machine.threads.push(thread.spawn(move || shared.run(index, vcpu, Until::Paused))?);
         }
         Ok(machine)
     }
@@ -207,9 +214,18 @@ fn deliver<V: Vm, K: kiln_hypervisor::Kick>(
     }
 }
 
+/// How long a vCPU runs, unless the machine ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// The machine is paused.
+    Paused,
+    /// That, or the agent has taken its mail.
+    MailIsTaken,
+}
+
 impl<K: kiln_hypervisor::Kick> Shared<K> {
-    /// The life of one vCPU thread. The vCPU is given back, at rest, when the machine is paused.
-    fn run<V: Vcpu<Kick = K>>(&self, index: usize, mut vcpu: V) -> Option<V> {
+    /// Runs a vCPU, which is given back then: at rest, or behind an exit that is complete once it runs again.
+    fn run<V: Vcpu<Kick = K>>(&self, index: usize, mut vcpu: V, until: Until) -> Option<V> {
         let _guard = EndOnPanic(&self.control);
         while !self.control.has_ended() {
             let effect = match vcpu.run() {
@@ -241,11 +257,15 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
                 Effect::Reset => self.control.end(EndReason::Reset, ""),
                 Effect::Power(request) => self.serve(request),
             }
-            if !self.has_mail.load(Ordering::Acquire)
-                && let Err(error) = vcpu.hold_interrupts(false)
-            {
+            if self.has_mail.load(Ordering::Acquire) {
+                continue;
+            }
+            if let Err(error) = vcpu.hold_interrupts(false) {
                 self.crashed(index, &vcpu, &error.to_string());
                 return None;
+            }
+            if until == Until::MailIsTaken {
+                return Some(vcpu);
             }
         }
         None

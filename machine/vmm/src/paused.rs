@@ -23,6 +23,8 @@ pub struct Paused<H: Hypervisor> {
     pub(crate) machine: Machine<H>,
     pub(crate) vcpus: Vec<VcpuOf<H>>,
     pub(crate) parking: Parking,
+    /// The vCPU of the agent that mail waits for.
+    pub(crate) addressee: Option<usize>,
 }
 
 /// Everything a paused machine is, its memory and the files and sockets behind its devices apart.
@@ -160,9 +162,10 @@ impl<H: Hypervisor> Paused<H> {
         }
         let id = mailbox::put(&self.machine.memory, generation)?;
         self.machine.shared.has_mail.store(true, Ordering::Release);
-        for vcpu in &mut self.vcpus {
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
             if vcpu.system_registers()?.cs.dpl == USER_MODE {
                 vcpu.hold_interrupts(true)?;
+                self.addressee.get_or_insert(index);
             }
         }
         Ok(id)

@@ -1,6 +1,7 @@
 //! Machines in their jails, as users meet them. The jail itself is tested in `machine/vmm`.
 
 use std::fs::{self, Permissions};
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -124,6 +125,30 @@ fn a_monitor_that_is_killed_is_reported_and_leaves_nothing() {
     session.finish().code(125).complains("the monitor process died");
     assert_eq!(descendants(kiln), []);
     assert!(!Path::new(&format!("/proc/{}", monitor.as_raw_nonzero())).exists());
+}
+
+/// It is a program of its own, in a file that nobody can write to: not even a monitor that its guest has taken over.
+#[test]
+fn a_monitor_is_the_one_that_is_built_in() {
+    let session = waiting();
+    let monitor = monitor_of(session.pid());
+    let program = format!("/proc/{}/exe", monitor.as_raw_nonzero());
+    let name = fs::read_link(&program).expect("its program");
+    assert_eq!(name.to_str(), Some("/memfd:kiln-monitor (deleted)"));
+    let error = fs::OpenOptions::new().write(true).open(&program).and_then(|mut file| file.write_all(b"x"));
+    assert!(error.is_err(), "it was written to");
+    assert!(fs::metadata(&program).expect("a file").len() < 2 << 20, "it is more than a monitor");
+}
+
+/// A switch of the kernel's, by pid namespace.
+#[test]
+fn where_no_file_in_memory_is_executed_kiln_is_its_own_monitor() {
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--pid", "--fork", "--mount-proc", "sh", "-c"]);
+    unshare.args([r#"echo 2 > /proc/sys/vm/memfd_noexec && exec "$@""#, "sh"]).arg(program());
+    let image = busybox().reference();
+    unshare.args(["run", "--quiet", &image, "--", "echo", "here"]).env("KILN_ROOT", kiln_tests::store());
+    Outcome::of(&mut unshare).prints("here\n");
 }
 
 /// All that a jail is made of goes with its process: nothing of it has a name on the host.

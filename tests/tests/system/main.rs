@@ -17,6 +17,7 @@ mod jail;
 mod lifetime;
 mod machine;
 mod nasty;
+mod pools;
 mod restore;
 mod signals;
 mod streams;

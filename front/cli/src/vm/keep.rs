@@ -108,6 +108,7 @@ pub(super) fn builder(
     };
     let warnings = AtomicUsize::new(0);
     let builder = Vm::builder(guest, images::disk(&image)?)
+        .monitor_program(context.monitor())
         .memory_mib(record.memory_mib)
         .vcpus(record.vcpus)
         .hostname(&record.name)

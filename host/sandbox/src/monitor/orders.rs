@@ -65,13 +65,32 @@ impl Monitor {
     /// # Errors
     /// [`MonitorError::Ended`] with how the machine ended instead; [`MonitorError::NotAdopted`] when it does not answer.
     pub(crate) async fn claim(&self, generation: Vec<u8>) -> Result<RestoreTimes, MonitorError> {
+        self.acknowledged(self.send(Do::Resume(Resume { generation: Some(generation) }), &[])).await
+    }
+
+    /// The same for a guest that is restored as the one its order says.
+    ///
+    /// # Errors
+    /// As [`claim`](Self::claim) and [`start`](Self::start).
+    pub(crate) async fn restore_as(
+        &self,
+        restore: Restore,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<RestoreTimes, MonitorError> {
+        self.acknowledged(self.send_with_files(Do::Restore(restore), fds)).await
+    }
+
+    async fn acknowledged(
+        &self,
+        order: impl Future<Output = Result<(), MonitorError>>,
+    ) -> Result<RestoreTimes, MonitorError> {
         let _turn = self.answer.lock().await;
         let (entered, resumed, adopted) = {
             let life = self.life.borrow();
             (life.entered, life.resumed, life.adopted)
         };
         self.adoptions_due.store(adopted + 1, Ordering::Release);
-        self.send(Do::Resume(Resume { generation: Some(generation) }), &[]).await?;
+        order.await?;
         let acknowledged = |life: &Life| {
             let is_heard = life.last_entered.at_port || life.resumed > resumed;
             (life.entered > entered && is_heard).then_some((life.last_entered.at_port, life.restore))

@@ -94,7 +94,7 @@ impl Probe {
 /// # Errors
 /// [`MonitorError::Spawn`] when the program cannot be run, or is no monitor.
 pub async fn probe(program: &MonitorProgram) -> Result<Probe, MonitorError> {
-    let failed = |source| MonitorError::Spawn { path: program.path().into(), source };
+    let failed = |source| MonitorError::Spawn { program: program.clone(), source };
     let (reading, stdout) = io::pipe().map_err(MonitorError::Setup)?;
     let mut reading = pipe::Receiver::from_owned_fd(reading.into()).map_err(MonitorError::Setup)?;
     // It ends when it is let go of.

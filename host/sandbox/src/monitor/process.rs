@@ -5,7 +5,6 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram as StdDatagram;
-use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::Arc;
 
@@ -30,7 +29,7 @@ pub(super) enum StartError {
     /// This user may not make namespaces.
     Namespaces(io::Error),
     /// The program cannot be executed.
-    Execute(PathBuf, io::Error),
+    Execute(MonitorProgram, io::Error),
     /// The host is out of something.
     Setup(io::Error),
 }
@@ -64,10 +63,10 @@ impl Process {
         let mut args = vec![MONITOR_NAME];
         args.extend(arguments);
         let fds = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd(), device.as_fd()];
-        let child = kiln_jail::spawn(&Launch { program: program.path(), args: &args, fds: &fds });
+        let child = kiln_jail::spawn(&Launch { program: program.executable(), args: &args, fds: &fds });
         let child = child.map_err(|error| match error {
             SpawnError::Namespaces(source) => StartError::Namespaces(source),
-            SpawnError::Execute(source) => StartError::Execute(program.path().into(), source),
+            SpawnError::Execute(source) => StartError::Execute(program.clone(), source),
             SpawnError::Host(source) => StartError::Setup(source),
         })?;
         match readiness(&child) {
@@ -135,7 +134,7 @@ impl fmt::Display for StartError {
             Self::Namespaces(error) => {
                 write!(formatter, "cannot make the namespaces of a machine's process: {error}")
             }
-            Self::Execute(path, error) => write!(formatter, "cannot execute {}: {error}", path.display()),
+            Self::Execute(program, error) => write!(formatter, "cannot execute {program}: {error}"),
             Self::Setup(error) => write!(formatter, "cannot start a process: {error}"),
         }
     }
@@ -162,7 +161,7 @@ impl StartError {
 impl From<StartError> for MonitorError {
     fn from(error: StartError) -> Self {
         match error {
-            StartError::Execute(path, source) => Self::Spawn { path, source },
+            StartError::Execute(program, source) => Self::Spawn { program, source },
             StartError::Setup(source) => Self::Setup(source),
             // What the host lacks for any machine is a machine's end that never began.
             StartError::Device(_) | StartError::Namespaces(_) => {

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use kiln_snapshot::FORMAT_VERSION;
@@ -18,6 +17,7 @@ use crate::vm::{GUEST_CID, VmBuilder};
 
 /// Counts changes of how Kiln bakes that nothing else in a key shows.
 const RECIPE: u64 = 1;
+const CPUINFO: &str = "/proc/cpuinfo";
 /// How much of /proc/cpuinfo is read; one processor takes about 1.5 KiB of it.
 const CPUINFO_BYTES_MAX: u64 = 16 << 10;
 /// What /proc/cpuinfo says of a processor that decides what a guest finds: on x86-64, and on 64-bit ARM.
@@ -61,7 +61,14 @@ fn base(builder: &VmBuilder) -> Result<Digest, BakeError> {
         source,
     })?;
     key.bytes(guest.as_bytes());
-    host(&mut key, builder.monitor_path())?;
+    let monitor = builder.monitor();
+    let program = monitor.identity().map_err(|source| BakeError::Host {
+        action: "look at",
+        what: format!("the monitor {monitor}"),
+        source,
+    })?;
+    key.bytes(program.as_bytes());
+    host(&mut key)?;
     key.text(&builder.cmdline);
     for number in [u64::from(builder.memory_mib), u64::from(builder.vcpus), GUEST_CID, DISK_CAPACITY_BYTES] {
         key.number(number);
@@ -128,22 +135,12 @@ fn launch(key: &mut Key, launch: &Launch) {
     key.text(&launch.workdir);
 }
 
-/// What of this host decides: its processors, its kernel, and the program that monitors are made from.
-fn host(key: &mut Key, monitor: &Path) -> Result<(), BakeError> {
-    let error = |action, path: &Path| {
-        let what = path.display().to_string();
-        move |source| BakeError::Host { action, what, source }
-    };
-    let program = fs::metadata(monitor).map_err(error("look at", monitor))?;
-    key.number(program.size());
-    key.number(program.mtime() as u64);
-    key.number(program.mtime_nsec() as u64);
-
-    let path = Path::new("/proc/cpuinfo");
+/// What of this host decides: its processors and its kernel.
+fn host(key: &mut Key) -> Result<(), BakeError> {
     let mut cpuinfo = String::new();
-    fs::File::open(path)
+    fs::File::open(CPUINFO)
         .and_then(|file| read_first_processor(file, &mut cpuinfo))
-        .map_err(error("read", path))?;
+        .map_err(|source| BakeError::Host { action: "read", what: CPUINFO.into(), source })?;
     for (name, value) in cpu_facts(&cpuinfo) {
         key.text(name);
         key.text(value);

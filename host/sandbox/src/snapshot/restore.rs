@@ -52,7 +52,7 @@ pub(crate) async fn scratch(scratch: &Scratch, snapshot: &Snapshot) -> Result<Di
 }
 
 /// Has a monitor make the machine of a snapshot, with these disks, and waits until it is the one it is to be.
-pub(crate) async fn restore(
+pub(super) async fn restore(
     monitor: Monitor,
     snapshot: &Snapshot,
     disks: &[&Disk],
@@ -129,10 +129,38 @@ pub(crate) async fn stand(monitor: &Monitor, snapshot: &Snapshot, disks: &[&Disk
     }
 }
 
-/// Lets a guest that waits become one of its own, and says when it acknowledged that. Nothing reaches it before it has.
+/// Lets a guest that waits become one of its own, and says when it acknowledged that. Nothing reaches it before it is that one.
 pub(crate) async fn claim(monitor: &Monitor, hostname: &str) -> Result<RestoreTimes, VmError> {
     let generation = generation(hostname)?;
-    let mut times = monitor.claim(generation.encode().to_vec()).await?;
+    let times = monitor.claim(generation.encode().to_vec()).await?;
+    told(monitor, generation, times).await
+}
+
+/// Has a monitor make the machine of a snapshot, with these disks, as one of its own; otherwise as [`claim`].
+pub(crate) async fn make(
+    monitor: &Monitor,
+    snapshot: &Snapshot,
+    disks: &[&Disk],
+    hostname: &str,
+) -> Result<RestoreTimes, VmError> {
+    check_header(snapshot)?;
+    let generation = generation(hostname)?;
+    let mut descriptors = Descriptors::default();
+    let order = order(snapshot, disks, None, &mut descriptors)?;
+    let order = Restore { generation: Some(generation.encode().to_vec()), ..order };
+    match monitor.restore_as(order, descriptors.as_slice()).await {
+        Ok(times) => told(monitor, generation, times).await,
+        Err(MonitorError::Ended(end)) => Err(SnapshotError::Refused(end).into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Tells a guest that waits at its port who it is.
+async fn told(
+    monitor: &Monitor,
+    generation: Generation,
+    mut times: RestoreTimes,
+) -> Result<RestoreTimes, VmError> {
     if monitor.waits_at_port() {
         let asked = || times.resumed_ns = clock_ns(ClockId::Monotonic);
         park::tell(monitor, Some(generation), asked).await.map_err(SnapshotError::NotAdopted)?;

@@ -1,7 +1,6 @@
 //! What a machine is to be.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 
 use kiln_oci::Image;
@@ -284,8 +283,8 @@ impl VmBuilder {
         Ok(Monitor::spawn_with(&self.program, self.warnings.clone())?)
     }
 
-    pub(crate) fn monitor_path(&self) -> &Path {
-        self.program.path()
+    pub(crate) fn monitor(&self) -> &MonitorProgram {
+        &self.program
     }
 
     pub(crate) fn hostname_for_guest(&self) -> &str {

@@ -10,7 +10,7 @@ use kiln_control::{
     Blame, Channel, ChannelError, Command as Order, Connect, Disk, Do, EndReason, Ended, Event, Extent,
     Failed, Files, Happened, Start, Stop,
 };
-use kiln_jail::{Child, Launch};
+use kiln_jail::{Child, Launch, Program, SpawnError};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::guest::{Guest, file};
@@ -94,11 +94,21 @@ fn jailed(
     stdout: BorrowedFd<'_>,
     stderr: BorrowedFd<'_>,
 ) -> Child {
+    jailed_from(Program::Path(Path::new(PROGRAM)), arguments, stdin, stdout, stderr)
+}
+
+fn jailed_from(
+    program: Program<'_>,
+    arguments: &[&str],
+    stdin: BorrowedFd<'_>,
+    stdout: BorrowedFd<'_>,
+    stderr: BorrowedFd<'_>,
+) -> Child {
     let device = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     let device = device.expect("these tests need KVM: a readable and writable /dev/kvm");
     let args: Vec<&str> = ["kiln-monitor"].into_iter().chain(arguments.iter().copied()).collect();
     let fds = [stdin, stdout, stderr, device.as_fd()];
-    kiln_jail::spawn(&Launch { program: Path::new(PROGRAM), args: &args, fds: &fds }).expect("a process")
+    kiln_jail::spawn(&Launch { program, args: &args, fds: &fds }).expect("a process")
 }
 
 fn start() -> Start {
@@ -287,8 +297,34 @@ fn the_monitor_keeps_no_descriptor_it_was_not_given() {
 
 #[test]
 fn the_probe_says_that_this_host_can_make_a_machine() {
+    probe(Program::Path(Path::new(PROGRAM)));
+}
+
+#[test]
+fn a_program_without_a_name_is_executed_by_its_descriptor() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("monitor");
+    std::fs::copy(PROGRAM, &path).expect("a copy");
+    let program = File::open(&path).expect("the copy");
+    std::fs::remove_file(&path).expect("its name is gone");
+    probe(Program::File(program.as_fd()));
+}
+
+#[test]
+fn a_descriptor_that_is_no_program_is_not_executed() {
+    let text = file(b"text");
+    let null = File::open("/dev/null").expect("/dev/null");
+    let launch =
+        Launch { program: Program::File(text.as_fd()), args: &["kiln-monitor"], fds: &[null.as_fd()] };
+    let error = kiln_jail::spawn(&launch).expect_err("no program");
+    assert!(matches!(error, SpawnError::Execute(_)), "{error:?}");
+}
+
+#[track_caller]
+fn probe(program: Program<'_>) {
     let (mut reading, stdout) = std::io::pipe().expect("a pipe");
-    let child = jailed(&["--probe"], std::io::stdin().as_fd(), stdout.as_fd(), std::io::stderr().as_fd());
+    let (stdin, stderr) = (std::io::stdin(), std::io::stderr());
+    let child = jailed_from(program, &["--probe"], stdin.as_fd(), stdout.as_fd(), stderr.as_fd());
     drop(stdout);
     let mut text = String::new();
     reading.read_to_string(&mut text).expect("text");
@@ -304,7 +340,7 @@ fn without_a_channel_the_program_says_so() {
     let null = File::open("/dev/null").expect("/dev/null");
     let (mut reading, stderr) = std::io::pipe().expect("a pipe");
     let fds = [null.as_fd(), null.as_fd(), stderr.as_fd(), null.as_fd()];
-    let launch = Launch { program: Path::new(PROGRAM), args: &["kiln-monitor"], fds: &fds };
+    let launch = Launch { program: Program::Path(Path::new(PROGRAM)), args: &["kiln-monitor"], fds: &fds };
     let child = kiln_jail::spawn(&launch).expect("a process");
     drop(stderr);
     let mut text = String::new();

@@ -1,0 +1,322 @@
+//! Pools of machines, as the library's users meet them.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use kiln::{Image, Pool, PoolError, PoolStats, Vm};
+use kiln_tests::{busybox, library};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+
+/// How long anything may take on a host with much to do.
+const PATIENCE: Duration = Duration::from_mins(5);
+
+async fn image() -> Image {
+    library::image(&busybox()).build().await.expect("an image")
+}
+
+async fn output(vm: &Vm, script: &str) -> String {
+    let output = vm.exec(["sh", "-c", script]).output().await.expect("a shell runs");
+    assert!(output.status.success(), "{script}: {output:?}");
+    String::from_utf8(output.stdout).expect("text").trim().to_owned()
+}
+
+/// Waits until a pool is as it is to be; nobody tells of that, so it is looked at.
+async fn until(pool: &Pool, is_so: impl Fn(&PoolStats) -> bool) -> PoolStats {
+    let waiting = async {
+        loop {
+            let stats = pool.stats();
+            if is_so(&stats) {
+                return stats;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let waited = tokio::time::timeout(PATIENCE, waiting).await;
+    waited.unwrap_or_else(|_| panic!("{:?}", pool.stats()))
+}
+
+/// Something that no other run of the tests has.
+fn marker() -> String {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).expect("random bytes");
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Where in the memory of a process `marker` is: the mappings' names.
+fn mappings_with(process: u32, marker: &str) -> Vec<String> {
+    let memory = File::open(format!("/proc/{process}/mem")).expect("this test runs as root");
+    let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).expect("it lives");
+    let mut found = Vec::new();
+    for line in maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|mode| mode.starts_with("rw")))
+    {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+        let [mut at, end] = [range.0, range.1].map(|end| u64::from_str_radix(end, 16).expect("an address"));
+        let mut window = Vec::new();
+        while at < end {
+            let mut piece = vec![0; (end - at).min(1 << 20) as usize];
+            // What cannot be read is nobody's.
+            let Ok(count @ 1..) = memory.read_at(&mut piece, at) else { break };
+            window.extend_from_slice(&piece[..count]);
+            if window.windows(marker.len()).any(|bytes| bytes == marker.as_bytes()) {
+                found.push(line.to_owned());
+                break;
+            }
+            window.drain(..window.len().saturating_sub(marker.len()));
+            at += count as u64;
+        }
+    }
+    found
+}
+
+/// The number of open descriptors of a process.
+fn descriptors(process: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{process}/fd")).expect("this test runs as root").count()
+}
+
+fn pid(vm: &Vm) -> Pid {
+    Pid::from_raw(vm.monitor_id() as i32).expect("a process")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_comes_back_as_new() {
+    let pool = image().await.pool().min(1).max(1).build();
+    let (mut names, mut processes) = (Vec::new(), Vec::new());
+    for round in 0..4 {
+        let vm = pool.acquire().await.expect("a machine");
+        processes.push(vm.monitor_id());
+        let name = output(&vm, "hostname; cat /etc/hostname /proc/sys/kernel/random/boot_id").await;
+        assert!(!names.contains(&name), "{name}");
+        names.push(name);
+        let left = "cat /left /tmp/left /dev/shm/left 2>/dev/null; ps -o args | grep -c '[s]leep 1234'; true";
+        assert_eq!(output(&vm, left).await, "0", "round {round}");
+        let leave =
+            "for f in /left /tmp/left /dev/shm/left; do echo left > $f; done; sleep 1234 >/dev/null 2>&1 &";
+        output(&vm, leave).await;
+        assert_eq!(pool.stats().leased, 1);
+        vm.release();
+    }
+    let stats = until(&pool, |stats| stats.idle == 1).await;
+    assert_eq!((stats.made, stats.recycled, stats.acquired, stats.failed), (1, 4, 4, 0), "{stats:?}");
+    processes.dedup();
+    assert_eq!(processes.len(), 1, "all in the same process");
+    pool.shutdown().await;
+    assert!(matches!(pool.acquire().await, Err(PoolError::Closed)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_not_restored_is_as_its_last_owner_left_it() {
+    let pool = image().await.pool().min(0).max(1).restore_on_release(false).build();
+    let vm = pool.acquire().await.expect("a machine");
+    output(&vm, "echo mine > /left").await;
+    vm.release();
+    let vm = pool.acquire().await.expect("the machine");
+    assert_eq!(output(&vm, "cat /left").await, "mine");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_first_is_served_first() {
+    let pool = image().await.pool().min(0).max(1).build();
+    let first = pool.acquire().await.expect("a machine");
+    let (told, mut served) = tokio::sync::mpsc::unbounded_channel();
+    let mut line = tokio::task::JoinSet::new();
+    for place in 0..4 {
+        let (waiting, told) = (pool.clone(), told.clone());
+        line.spawn(async move {
+            let vm = waiting.acquire().await.expect("a machine in time");
+            told.send(place).expect("the test listens");
+            drop(vm);
+        });
+        until(&pool, |stats| stats.waiting == place + 1).await;
+    }
+    // One who gives up leaves the line to the others.
+    let gone = tokio::time::timeout(Duration::from_millis(10), pool.acquire()).await;
+    assert!(gone.is_err());
+    until(&pool, |stats| stats.waiting == 4).await;
+    drop(first);
+    for place in 0..4 {
+        assert_eq!(served.recv().await, Some(place));
+    }
+    while let Some(done) = line.join_next().await {
+        done.expect("no panic");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_longer_than_he_wants() {
+    let pool = image().await.pool().min(0).max(1).acquire_timeout(Duration::from_millis(50)).build();
+    // The first is made on the way, which may take longer here.
+    let vm = loop {
+        match pool.acquire().await {
+            Ok(vm) => break vm,
+            Err(PoolError::Exhausted { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let error = pool.acquire().await.expect_err("it is taken");
+    assert_eq!(error.to_string(), "no machine was free within 0.1 s: all 1 are taken");
+    assert_eq!(error.blame(), kiln::Blame::Caller);
+    drop(vm);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_on_an_empty_pool_is_served_to_the_last() {
+    let pool = image().await.pool().min(0).max(32).acquire_timeout(PATIENCE).build();
+    let mut burst = tokio::task::JoinSet::new();
+    for _ in 0..32 {
+        let pool = pool.clone();
+        burst.spawn(async move { pool.acquire().await });
+    }
+    let mut machines = Vec::new();
+    while let Some(acquired) = burst.join_next().await {
+        machines.push(acquired.expect("no panic").expect("a machine"));
+    }
+    let mut processes: Vec<_> = machines.iter().map(Vm::monitor_id).collect();
+    processes.sort_unstable();
+    processes.dedup();
+    assert_eq!(processes.len(), 32);
+    let stats = pool.stats();
+    assert_eq!((stats.leased, stats.acquired, stats.failed), (32, 32, 0), "{stats:?}");
+    drop(machines);
+    pool.shutdown().await;
+    for process in processes {
+        assert!(test_kill_process(Pid::from_raw(process as i32).expect("a process")).is_err());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_that_died_are_made_up_for() {
+    let pool = image().await.pool().min(1).max(2).shells(0).build();
+    let vm = pool.acquire().await.expect("a machine");
+    until(&pool, |stats| stats.idle == 1).await;
+    let next = pool.acquire().await.expect("the next");
+    // One dies while somebody has it, the other in wait.
+    kill_process(pid(&vm), Signal::KILL).expect("it lives");
+    vm.ended().await;
+    assert!(vm.exec(["true"]).output().await.is_err());
+    drop(vm);
+    let waiting = pid(&next);
+    next.release();
+    until(&pool, |stats| stats.idle >= 1 && stats.recycling == 0).await;
+    kill_process(waiting, Signal::KILL).expect("it lives");
+    for _ in 0..2 {
+        let vm = pool.acquire().await.expect("a machine");
+        assert_eq!(output(&vm, "echo alive").await, "alive");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_nobody_needs_end() {
+    let pool = image().await.pool().min(1).max(4).idle_timeout(Duration::from_millis(10)).build();
+    let mut machines = Vec::new();
+    for _ in 0..3 {
+        machines.push(pool.acquire().await.expect("a machine"));
+    }
+    drop(machines);
+    until(&pool, |stats| stats.idle == 1 && stats.leased + stats.making + stats.recycling == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_that_is_dropped_leaves_what_is_leased() {
+    let image = image().await;
+    let pool = image.pool().min(2).max(3).build();
+    let vm = pool.acquire().await.expect("a machine");
+    until(&pool, |stats| stats.idle == 2).await;
+    drop(pool);
+    assert_eq!(output(&vm, "echo on").await, "on");
+    let process = pid(&vm);
+    vm.release();
+    let gone = async {
+        while test_kill_process(process).is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.expect("it ends with its owner");
+}
+
+/// What a guest can leave its marks on: disk, memory, file systems in memory, names, processes, sockets, groups, the kernel's log.
+const DIRTY: &str = r#"
+mark=$1
+echo $mark > /left; mkdir /$mark; sync
+for folder in /tmp /dev/shm /run; do echo $mark > $folder/$mark; done
+hostname h-$mark
+echo $mark > /dev/kmsg
+mkdir -p /sys/fs/cgroup/$mark 2>/dev/null
+LEFT=$mark sleep 1000000 $mark >/dev/null 2>&1 &
+nc -l -p 7777 >/dev/null 2>&1 &
+nc -l -U /tmp/$mark.socket >/dev/null 2>&1 &
+head -c 4000000 /dev/zero | tr '\0' x | sed "s/^/$mark/" > /dev/shm/much
+trap '' TERM
+echo $mark
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_a_guest_is_left_for_the_next() {
+    let pool = image().await.pool().min(1).max(1).shells(0).build();
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let marker = marker();
+        let vm = pool.acquire().await.expect("a machine");
+        let process = vm.monitor_id();
+        let left = vm.exec(["sh", "-c", DIRTY, "sh", &marker]).output().await.expect("a shell runs");
+        assert_eq!(String::from_utf8_lossy(&left.stdout).trim(), marker, "{left:?}");
+        assert_ne!(mappings_with(process, &marker), [""; 0], "what is there is found");
+        vm.release();
+        until(&pool, |stats| stats.idle == 1).await;
+        open.push(descriptors(process));
+        // The next guest waits in the same process, which has forgotten the last one.
+        assert_eq!(mappings_with(process, &marker), [""; 0]);
+
+        let vm = pool.acquire().await.expect("the machine");
+        assert_eq!(vm.monitor_id(), process);
+        // The marker goes in backwards, so that looking for it does not find itself.
+        let backwards: String = marker.chars().rev().collect();
+        let look = r#"mark=$(echo $1 | rev); ls / /tmp /dev/shm /run; cat /left /dev/shm/* 2>/dev/null; dmesg; hostname; ps -o args
+            find /sys/fs/cgroup -type d; netstat -an; cat /proc/[0-9]*/environ 2>/dev/null"#;
+        let found = vm.exec(["sh", "-c", look, "sh", &backwards]).output().await.expect("a shell runs");
+        let found = String::from_utf8_lossy(&found.stdout).into_owned();
+        assert!(found.contains("/tmp") || found.contains("tmp"), "{found}");
+        assert!(!found.contains(&marker) && !found.contains(":7777 "), "{found}");
+        vm.release();
+        until(&pool, |stats| stats.idle == 1).await;
+    }
+    assert!(open.iter().all(|count| *count == open[0]), "descriptors: {open:?}");
+}
+
+/// `KILN_SOAK=10000 cargo xtask test pools::cycles` is the whole of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn cycles_leave_nothing_behind() {
+    let cycles: usize = std::env::var("KILN_SOAK").map_or(20, |count| count.parse().expect("a number"));
+    let pool = image().await.pool().min(2).max(2).shells(0).build();
+    let own = std::process::id();
+    let mut samples = Vec::new();
+    for cycle in 0..cycles {
+        let vm = pool.acquire().await.expect("a machine");
+        let process = vm.monitor_id();
+        assert_eq!(output(&vm, "echo $((6 * 7))").await, "42");
+        vm.release();
+        if cycle % (cycles / 20).max(1) == 0 {
+            until(&pool, |stats| stats.idle == 2).await;
+            samples.push((cycle, [own, process].map(|pid| (rss_kib(pid), descriptors(pid)))));
+            if cycles > 20 {
+                eprintln!("{:?}", samples.last());
+            }
+        }
+    }
+    let stats = until(&pool, |stats| stats.idle == 2).await;
+    assert_eq!((stats.made, stats.recycled, stats.failed), (2, cycles as u64, 0), "{stats:?}");
+    // After the first quarter, when caches are full.
+    let settled = &samples[samples.len() / 4..];
+    let (first, last) = (settled[0].1, settled[settled.len() - 1].1);
+    for (before, after) in first.iter().zip(&last) {
+        assert!(after.1 <= before.1 + 4, "descriptors: {samples:?}");
+        assert!(after.0 <= before.0 + 2048, "resident KiB: {samples:?}");
+    }
+}
+
+/// How much memory a process has resident, in KiB, what it shares with others left aside.
+fn rss_kib(process: u32) -> u64 {
+    let statm = std::fs::read_to_string(format!("/proc/{process}/statm")).expect("it lives");
+    let pages: Vec<u64> = statm.split(' ').filter_map(|count| count.trim().parse().ok()).collect();
+    (pages[1] - pages[2]) * 4
+}
