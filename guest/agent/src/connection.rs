@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use rustix::net::SendFlags;
 
 use crate::awaited::Wait;
+use crate::relay::Relay;
 use crate::session::{Session, Source, Violation};
 use crate::transfer::{Receiving, Sending};
 
@@ -51,6 +52,8 @@ pub(crate) enum Stage {
     Receiving(Receiving),
     /// A tree goes out.
     Sending(Sending),
+    /// A TCP connection in the guest is carried, or made.
+    Relaying(Relay),
     /// Everything is said; the connection closes when it is sent.
     Answered,
 }
@@ -128,12 +131,7 @@ impl Connection {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     self.writable = false;
-                    if !self.watched {
-                        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-                        epoll::modify(&epoll, &self.socket, data(slot, None), flags)
-                            .map_err(|_| Violation)?;
-                        self.watched = true;
-                    }
+                    self.watch(&epoll, slot)?;
                 }
                 Err(_) => return Err(Violation),
             }
@@ -142,6 +140,18 @@ impl Connection {
             self.sent = 0;
             self.out.clear();
             self.out.shrink_to(KEPT_BYTES);
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    /// Has the event loop tell when the socket takes more.
+    pub(crate) fn watch(&mut self, epoll: impl AsFd, slot: usize) -> Result<(), Violation> {
+        if !self.watched {
+            let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+            epoll::modify(&epoll, &self.socket, data(slot, None), flags).map_err(|_| Violation)?;
+            self.watched = true;
         }
         Ok(())
     }
@@ -157,6 +167,7 @@ pub(crate) fn data(slot: usize, source: Option<Source>) -> EventData {
         Some(Source::Stdout) => 4,
         Some(Source::Stderr) => 5,
         Some(Source::Awaited) => 6,
+        Some(Source::Dialed) => 7,
     };
     EventData::new_u64((slot as u64) << 8 | source)
 }
@@ -170,6 +181,7 @@ pub(crate) fn source(data: u64) -> Option<Source> {
         4 => Source::Stdout,
         5 => Source::Stderr,
         6 => Source::Awaited,
+        7 => Source::Dialed,
         _ => return None,
     })
 }

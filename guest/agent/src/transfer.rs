@@ -8,8 +8,11 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use kiln_protocol::frame::{self, HEADER_BYTES, Kind, ToAgent};
-use kiln_protocol::{Done, Failed, Get, MAX_DATA_BYTES, Outcome, Put, PutNaming, Reason};
+use kiln_protocol::{
+    Done, Entry, Failed, Get, MAX_DATA_BYTES, MAX_STAGED_FILES, Outcome, Put, PutNaming, Reason, StagedFile,
+};
 use kiln_tree::{Failure, Limits, Naming, Owner, Place, Step, Walker, Writer};
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use crate::failure::{failed, internal, invalid, text};
@@ -90,6 +93,26 @@ impl Sending {
         }
         None
     }
+}
+
+/// Writes the files that a command is to find.
+pub(crate) fn stage(files: &[StagedFile]) -> Result<(), Failed> {
+    if files.len() > MAX_STAGED_FILES {
+        return Err(invalid(format!("more than {MAX_STAGED_FILES} files for a command")));
+    }
+    for file in files {
+        check(&file.path)?;
+        let entry =
+            Entry { mode: FileType::RegularFile.as_raw_mode() | (file.mode & 0o7777), ..Entry::default() };
+        let written = Place::find(&file.path, Naming::Exact).and_then(|place| {
+            let mut writer = Writer::new(place, Owner::Of(0, 0), LIMITS);
+            writer.entry(entry)?;
+            writer.data(&file.contents)?;
+            writer.finish()
+        });
+        written.map_err(|failure| refusal(&failure))?;
+    }
+    Ok(())
 }
 
 fn check(path: &[u8]) -> Result<(), Failed> {

@@ -166,20 +166,14 @@ pub struct Measured {
     /// Of that, what is in use and cannot be had back without being written out or killed for.
     #[prost(uint64, tag = "2")]
     pub memory_used_bytes: u64,
-    /// Memory its commands use, with the file cache charged to them; 0 where the guest's kernel does not count it.
-    #[prost(uint64, tag = "3")]
-    pub commands_bytes: u64,
-    /// The most that has been.
-    #[prost(uint64, tag = "4")]
-    pub commands_peak_bytes: u64,
     /// Processor time of all that ran in the guest since it started, its kernel's own among it, in microseconds.
-    #[prost(uint64, tag = "5")]
+    #[prost(uint64, tag = "3")]
     pub cpu_us: u64,
-    /// Processes of the guest's users.
-    #[prost(uint32, tag = "6")]
+    /// Processes of the guest's users, a reaper among them.
+    #[prost(uint32, tag = "4")]
     pub processes: u32,
-    /// How long the guest has been there by its own clock, in microseconds; since its template started, for a restored one.
-    #[prost(uint64, tag = "7")]
+    /// The guest's `CLOCK_MONOTONIC`, in microseconds: for a restored one, what its template had at its end is in it.
+    #[prost(uint64, tag = "5")]
     pub uptime_us: u64,
 }
 
@@ -317,6 +311,36 @@ pub struct Exec {
     /// a reaper is process 1, this is a command like any other.
     #[prost(bool, tag = "8")]
     pub warmup: bool,
+    /// Files that are written before it starts; at most [`MAX_STAGED_FILES`](crate::MAX_STAGED_FILES).
+    #[prost(message, repeated, tag = "9")]
+    pub files: Vec<StagedFile>,
+    /// Commands that follow it, each once the one before has exited with 0, in the same streams, environment and time. How the
+    /// last one ended that was started is how all ended; one that could not be started ends them with the code a shell would
+    /// report. At most [`MAX_CHAIN`](crate::MAX_CHAIN), without a terminal, and only where a reaper is process 1.
+    #[prost(message, repeated, tag = "10")]
+    pub chain: Vec<Argv>,
+}
+
+/// A file that is written as root, in the place of what has its name, with the directories above it.
+#[derive(Clone, PartialEq, Message)]
+pub struct StagedFile {
+    /// Its absolute path in the guest's root.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: Vec<u8>,
+    /// Its permissions: the lowest 12 bits of `st_mode`.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    /// What is in it.
+    #[prost(bytes = "vec", tag = "3")]
+    pub contents: Vec<u8>,
+}
+
+/// A command and its arguments.
+#[derive(Clone, PartialEq, Message)]
+pub struct Argv {
+    /// As [`Exec::argv`].
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub words: Vec<Vec<u8>>,
 }
 
 /// The size of a terminal in characters.

@@ -113,10 +113,12 @@ async fn begin(machine: Target<'_>, call: Call) -> Result<UnixStream, FileError>
 }
 
 /// Finds the better reason behind a lost connection.
-async fn explained(machine: Target<'_>, error: FileError) -> FileError {
-    match (error, machine.end_watch()) {
-        (FileError::Ask(AskError::Agent(error)), Some(mut end)) => error.explained(&mut end).await.into(),
-        (error, _) => error,
+async fn explained<T>(machine: Target<'_>, outcome: Result<T, FileError>) -> Result<T, FileError> {
+    match (outcome, machine.end_watch()) {
+        (Err(FileError::Ask(AskError::Agent(error))), Some(mut end)) => {
+            Err(error.explained(&mut end).await.into())
+        }
+        (outcome, _) => outcome,
     }
 }
 

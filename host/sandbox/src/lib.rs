@@ -17,6 +17,7 @@ mod files;
 pub mod launch;
 pub mod monitor;
 mod pool;
+mod ports;
 mod sealed;
 pub mod signal;
 mod snapshot;
@@ -35,10 +36,11 @@ pub use kiln_support::causes::with_causes;
 pub use kiln_support::digest::Digest;
 pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram, RestoreTimes};
 pub use pool::{Pool, PoolBuilder, PoolError, PoolStats};
+pub use ports::{EXPOSED_CONNECTIONS_MAX, ExposeError, ExposedPort, GuestStream};
 pub use snapshot::{
     Bake, BakeError, HostFile, HostFileError, LogPattern, LogPatternError, SnapshotError, Trigger, verify,
 };
 pub use vm::{
-    AskError, ExecBuilder, ExecError, MEMORY_MIN_MIB, MachineCopy, Output, Phase, Standstill, Times,
-    VCPUS_MAX, Vm, VmBuilder, VmError,
+    AskError, ExecBuilder, ExecError, GuestStats, HostStats, MEMORY_MIN_MIB, MachineCopy, Output, Phase,
+    Standstill, Stats, Times, VCPUS_MAX, Vm, VmBuilder, VmError,
 };

@@ -171,7 +171,7 @@ fn a_refusal_in_the_middle_is_heard_by_who_still_sends() {
     stream.entry(&Entry { mode: 0o040_755, ..Entry::default() });
     stream.entry(&Entry { depth: 1, name: b"../x".into(), ..file(0o644) });
     for _ in 0..64 {
-        stream.send(Kind::Data, &[0; MAX_DATA_BYTES]);
+        stream.send(Kind::Data, &vec![0; MAX_DATA_BYTES]);
     }
     assert!(refusal(stream.reply()).1.contains("invalid argument"));
     assert_eq!(guest.sh("ls -A / /tmp/tree | grep x || echo none").text(), "none\n");

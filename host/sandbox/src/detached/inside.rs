@@ -1,13 +1,15 @@
 //! What a handle on a machine that another process keeps does in its guest besides running commands. What is carried does not
 //! pass the keeper.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use tokio::io::AsyncRead;
 
 use super::Kept;
 use crate::files::{self, Copied, CopyOptions, FileError, GuestFile};
-use crate::vm::Target;
+use crate::ports::{self, Behind, ExposeError, ExposedPort, GuestStream};
+use crate::vm::{AskError, Stats, Target, stats};
 
 impl Kept {
     /// As [`Vm::read_file`](crate::Vm::read_file).
@@ -55,5 +57,49 @@ impl Kept {
         options: CopyOptions,
     ) -> Result<Copied, FileError> {
         files::copy_out(Target::Kept(self), from.as_ref(), to.as_ref(), options).await
+    }
+
+    /// As [`Vm::connect_tcp`](crate::Vm::connect_tcp).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn connect_tcp(&self, port: u16) -> Result<GuestStream, AskError> {
+        ports::connect_tcp(Target::Kept(self), port).await
+    }
+
+    /// As [`Vm::connect`](crate::Vm::connect).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn connect(&self, port: u32) -> Result<GuestStream, AskError> {
+        ports::connect(Target::Kept(self), port).await
+    }
+
+    /// As [`Vm::expose_tcp`](crate::Vm::expose_tcp).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn expose_tcp(
+        &self,
+        address: impl Into<Option<SocketAddr>>,
+        port: u16,
+    ) -> Result<ExposedPort, ExposeError> {
+        ports::expose(Behind::Kept(self.clone()), None, address.into(), port).await
+    }
+
+    /// As [`Vm::workload_signal`](crate::Vm::workload_signal).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn workload_signal(&self, number: u32) -> Result<(), AskError> {
+        stats::signal(Target::Kept(self), number).await
+    }
+
+    /// As [`Vm::stats`](crate::Vm::stats).
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn stats(&self) -> Result<Stats, AskError> {
+        Ok(Stats { guest: stats::guest(Target::Kept(self)).await?, host: self.host_stats().await? })
     }
 }

@@ -41,14 +41,7 @@ impl GuestFile {
 
     /// When it was last changed.
     pub fn modified(&self) -> SystemTime {
-        let nanoseconds = Duration::from_nanos(self.entry.mtime_ns.min(999_999_999).into());
-        let seconds = Duration::from_secs(self.entry.mtime_s.unsigned_abs());
-        let at = if self.entry.mtime_s < 0 {
-            SystemTime::UNIX_EPOCH.checked_sub(seconds)
-        } else {
-            SystemTime::UNIX_EPOCH.checked_add(seconds)
-        };
-        at.and_then(|at| at.checked_add(nanoseconds)).unwrap_or(SystemTime::UNIX_EPOCH)
+        modified(&self.entry)
     }
 
     /// Its contents from here on, `limit_bytes` at most.
@@ -63,6 +56,18 @@ impl GuestFile {
         }
         Ok(contents)
     }
+}
+
+/// When a file was last changed, as a guest has it; the start of time for one that no clock has.
+fn modified(entry: &Entry) -> SystemTime {
+    let seconds = Duration::from_secs(entry.mtime_s.unsigned_abs());
+    let at = if entry.mtime_s < 0 {
+        SystemTime::UNIX_EPOCH.checked_sub(seconds)
+    } else {
+        SystemTime::UNIX_EPOCH.checked_add(seconds)
+    };
+    let nanoseconds = Duration::from_nanos(entry.mtime_ns.min(999_999_999).into());
+    at.and_then(|at| at.checked_add(nanoseconds)).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 impl AsyncRead for GuestFile {
@@ -106,7 +111,7 @@ pub(crate) async fn read(machine: Target<'_>, path: &Path) -> Result<GuestFile, 
             Ok(GuestFile { frames, entry, ended: false })
         }
         Ok(_) => Err(AgentError::Broken("a file that is none").into()),
-        Err(error) => Err(explained(machine, error.into()).await),
+        Err(error) => explained(machine, Err(error.into())).await,
     }
 }
 
@@ -118,6 +123,16 @@ pub(crate) async fn write(
 ) -> Result<u64, FileError> {
     let put = Put { path: bytes(path), naming: PutNaming::Exact.into(), name: Vec::new(), keep_owner: false };
     let stream = begin(machine, Call::Put(put)).await?;
+    explained(machine, send(stream, path, mode, contents).await).await
+}
+
+/// Sends a file to a guest that is ready for it.
+async fn send(
+    stream: UnixStream,
+    path: &Path,
+    mode: u32,
+    contents: impl AsyncRead + Unpin,
+) -> Result<u64, FileError> {
     let (mut answer, mut stream) = stream.into_split();
     let failed = |source| FileError::Source { path: path.to_owned(), source };
     let mut contents = contents;
@@ -143,12 +158,11 @@ pub(crate) async fn write(
         let _ = stream.write_all(&frame::header(Kind::End, 0)).await;
         Ok(total)
     };
-    answered(machine, sending, read_reply(&mut answer)).await
+    answered(sending, read_reply(&mut answer)).await
 }
 
 /// What the guest says of a tree that it was sent, and what was sent: an early answer is a refusal, and ends the sending.
 pub(super) async fn answered<T>(
-    machine: Target<'_>,
     sending: impl Future<Output = Result<T, FileError>>,
     answer: impl Future<Output = Result<Outcome, AgentError>>,
 ) -> Result<T, FileError> {
@@ -157,13 +171,58 @@ pub(super) async fn answered<T>(
         biased;
         answer = &mut answer => return Err(match answer {
             Ok(_) => AgentError::Broken("an answer before the end").into(),
-            Err(error) => explained(machine, error.into()).await,
+            Err(error) => error.into(),
         }),
         sent = sending => sent?,
     };
     match answer.await {
         Ok(Outcome::Done(_)) => Ok(sent),
         Ok(_) => Err(AgentError::Broken("a reply that does not end a transfer").into()),
-        Err(error) => Err(explained(machine, error.into()).await),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_protocol::{Done, Reply};
+    use prost::Message as _;
+
+    use super::*;
+
+    fn opened(said: &[u8]) -> GuestFile {
+        use std::io::Write as _;
+        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+        theirs.write_all(said).expect("a socket takes some");
+        ours.set_nonblocking(true).expect("a socket");
+        let stream = UnixStream::from_std(ours).expect("a socket");
+        GuestFile { frames: Frames::new(stream), entry: Entry::default(), ended: false }
+    }
+
+    #[tokio::test]
+    async fn a_file_ends_when_the_guest_says_so_and_not_before() {
+        let mut said = Vec::new();
+        frame::append(&mut said, Kind::Data, b"con");
+        frame::append(&mut said, Kind::Data, b"");
+        frame::append(&mut said, Kind::Data, b"tents");
+        let cut = opened(&said).contents(100).await.expect_err("not all has come");
+        assert_eq!(cut.kind(), io::ErrorKind::ConnectionAborted);
+        let done = Reply { outcome: Some(Outcome::Done(Done {})) };
+        frame::append(&mut said, Kind::Reply, &done.encode_to_vec());
+        assert_eq!(opened(&said).contents(8).await.expect("all"), b"contents");
+        let large = opened(&said).contents(7).await.expect_err("more than wanted");
+        assert_eq!(large.kind(), io::ErrorKind::FileTooLarge);
+        let mut two = Vec::new();
+        frame::append_message(&mut two, Kind::Entry, &Entry::default());
+        assert!(opened(&two).contents(100).await.is_err());
+    }
+
+    #[test]
+    fn no_time_a_guest_says_is_too_odd() {
+        for (mtime_s, mtime_ns) in [(i64::MIN, 0), (i64::MAX, u32::MAX), (-1, 5), (1_000_000_000, 1)] {
+            let entry = Entry { mtime_s, mtime_ns, ..Entry::default() };
+            let _ = modified(&entry);
+        }
+        let at = modified(&Entry { mtime_s: 1, mtime_ns: 5, ..Entry::default() });
+        assert_eq!(at, SystemTime::UNIX_EPOCH + Duration::new(1, 5));
     }
 }
