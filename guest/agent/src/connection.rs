@@ -10,7 +10,9 @@ use rustix::io::Errno;
 use rustix::net::SendFlags;
 
 use crate::awaited::Wait;
+use crate::relay::Relay;
 use crate::session::{Session, Source, Violation};
+use crate::transfer::{Receiving, Sending};
 
 /// What a buffer may keep between uses.
 const KEPT_BYTES: usize = 80 << 10;
@@ -46,6 +48,12 @@ pub(crate) enum Stage {
     Abandoned(Session),
     /// The peer was another guest's; the command runs on.
     Detached(Session),
+    /// A tree comes in. Once that has failed, what was under way is let come, until the peer has heard of it and goes.
+    Receiving(Receiving),
+    /// A tree goes out.
+    Sending(Sending),
+    /// A TCP connection in the guest is carried, or made.
+    Relaying(Relay),
     /// Everything is said; the connection closes when it is sent.
     Answered,
 }
@@ -107,6 +115,11 @@ impl Connection {
         if !matches!(outcome, Outcome::Started(_)) {
             self.stage = Stage::Answered;
         }
+        self.say(outcome);
+    }
+
+    /// Says what has come of something, with more to come.
+    pub(crate) fn say(&mut self, outcome: Outcome) {
         frame::append_message(&mut self.out, Kind::Reply, &Reply { outcome: Some(outcome) });
     }
 
@@ -118,12 +131,7 @@ impl Connection {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     self.writable = false;
-                    if !self.watched {
-                        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-                        epoll::modify(&epoll, &self.socket, data(slot, None), flags)
-                            .map_err(|_| Violation)?;
-                        self.watched = true;
-                    }
+                    self.watch(&epoll, slot)?;
                 }
                 Err(_) => return Err(Violation),
             }
@@ -132,6 +140,18 @@ impl Connection {
             self.sent = 0;
             self.out.clear();
             self.out.shrink_to(KEPT_BYTES);
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    /// Has the event loop tell when the socket takes more.
+    pub(crate) fn watch(&mut self, epoll: impl AsFd, slot: usize) -> Result<(), Violation> {
+        if !self.watched {
+            let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+            epoll::modify(&epoll, &self.socket, data(slot, None), flags).map_err(|_| Violation)?;
+            self.watched = true;
         }
         Ok(())
     }
@@ -147,6 +167,7 @@ pub(crate) fn data(slot: usize, source: Option<Source>) -> EventData {
         Some(Source::Stdout) => 4,
         Some(Source::Stderr) => 5,
         Some(Source::Awaited) => 6,
+        Some(Source::Dialed) => 7,
     };
     EventData::new_u64((slot as u64) << 8 | source)
 }
@@ -160,6 +181,7 @@ pub(crate) fn source(data: u64) -> Option<Source> {
         4 => Source::Stdout,
         5 => Source::Stderr,
         6 => Source::Awaited,
+        7 => Source::Dialed,
         _ => return None,
     })
 }

@@ -55,6 +55,7 @@ pub(crate) fn text(error: Errno) -> String {
         Errno::INVAL => "invalid argument",
         Errno::MFILE | Errno::NFILE => "too many open files",
         Errno::TXTBSY => "text file busy",
+        Errno::FBIG => "too large",
         Errno::NOSPC => "no space left on device",
         Errno::ROFS => "read-only file system",
         Errno::NAMETOOLONG => "file name too long",

@@ -26,12 +26,15 @@ mod freezer;
 mod hooks;
 mod identity;
 pub mod listen;
+mod measure;
 mod mounts;
 pub mod power;
+mod relay;
 pub mod server;
 mod session;
 pub mod setup;
 pub mod sys;
+mod transfer;
 mod user;
 mod workload;
 

@@ -4,6 +4,9 @@
 //!  accepted ──request──▶ answered ─────────────────────▶ closed
 //!     │                     ▲
 //!     ├──await─▶ waiting ───┤
+//!     ├──get───▶ sending ───┤
+//!     ├──put───▶ receiving ─┤
+//!     ├──dial──▶ relaying ──┤
 //!     └──exec──▶ running ───┴─ ended, output sent
 //!                   │ connection lost
 //!                   ├──▶ abandoned ── process reaped ──▶ closed
@@ -11,7 +14,7 @@
 //! ```
 //!
 //! A command whose connection is lost is abandoned, which is to be killed. A guest that is asked to park keeps the
-//! connections of running commands and closes all others (`parking.rs`). It may go on as another guest, whose host knows
+//! connections of running commands of trees on their way and of TCP, and closes all others (`parking.rs`). It may go on as another guest, whose host knows
 //! nothing of them: a command of an earlier life whose connection is lost is detached, and runs on with nobody at its
 //! streams.
 //!
@@ -20,13 +23,14 @@
 
 mod parking;
 
+use alloc::format;
 use alloc::string::{String, ToString as _};
 use alloc::vec;
 use alloc::vec::Vec;
 
 use kiln_protocol::frame::{self, Kind, ToAgent};
 use kiln_protocol::{
-    Await, Call, Done, Exec, Failed, Outcome, Parked, PowerOff, Setup, Started, Welcome, power,
+    Await, Call, Dial, Done, Exec, Failed, Outcome, Parked, PowerOff, Reason, Setup, Started, Welcome, power,
 };
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -37,18 +41,23 @@ use rustix::time::Timespec;
 use crate::adopt::{Moment, Rate};
 use crate::awaited::Wait;
 use crate::connection::{Connection, Next, Stage, data, source};
-use crate::failure::{internal, invalid, text};
+use crate::failure::{failed, internal, invalid, text};
 use crate::identity::Life;
 use crate::listen::Listener;
+use crate::measure::measure;
 use crate::power::Power;
+use crate::relay::Relay;
 use crate::session::{Registrar, Session, Source, Violation, one_shot};
 use crate::setup::Prepared;
+use crate::transfer::{Receiving, Sending};
 use crate::workload::{Place, Workload};
 use crate::{extra, mounts, sys};
 use parking::Parking;
 
 /// The most connections at a time; one more is closed at once.
-const MAX_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 128;
+/// The most of these that carry a TCP connection of the guest's: however many there are, commands have their place.
+const MAX_RELAYS: usize = 64;
 /// The random bytes that tell one guest from another.
 const RANDOM_BYTES: usize = 32;
 /// The most events taken at a time.
@@ -97,6 +106,8 @@ pub struct Agent<'a> {
     prepared: Option<Prepared>,
     workload: Option<Workload>,
     stopping: Option<Stopping>,
+    /// A command of a chain has ended, and another is to follow.
+    chain_due: bool,
     /// The guest is about to park.
     parking: Option<Parking>,
     started: Moment,
@@ -133,6 +144,7 @@ impl<'a> Agent<'a> {
             prepared: None,
             workload: None,
             stopping: None,
+            chain_due: false,
             parking: None,
             started: Moment::now(),
             rate: None,
@@ -170,12 +182,32 @@ impl<'a> Agent<'a> {
                     }
                 }
             }
+            self.chains_go_on();
             active.retain(|slot| self.turn(*slot) == Next::Again);
             if let Some(parking) = self.parking.take() {
                 self.park(parking)?;
             }
             if self.has_stopped() {
                 return Ok(());
+            }
+        }
+    }
+
+    /// Starts the commands whose turn has come in their chains. No guest is parked between the end of one and the start of the
+    /// next; one that powers off starts none.
+    fn chains_go_on(&mut self) {
+        if !core::mem::take(&mut self.chain_due) {
+            return;
+        }
+        let workload = self.workload.as_ref().filter(|_| self.stopping.is_none());
+        for (slot, connection) in self.connections.iter_mut().enumerate() {
+            let Some(connection) = connection else { continue };
+            if let Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session) =
+                &mut connection.stage
+                && session.is_due()
+            {
+                let files = |source| data(slot, Some(source));
+                session.go_on(workload, &Registrar { epoll: self.epoll.as_fd(), data: &files });
             }
         }
     }
@@ -223,6 +255,7 @@ impl<'a> Agent<'a> {
             ) => {
                 let had_ended = session.has_ended();
                 session.happened(source, flags);
+                self.chain_due |= session.is_due();
                 let ends = !had_ended && session.has_ended();
                 if let (true, true, Some(workload)) = (ends, session.is_first(), &mut self.workload) {
                     workload.first_has_ended();
@@ -233,7 +266,8 @@ impl<'a> Agent<'a> {
                 Ok(true) => connection.answer(Outcome::Done(Done {})),
                 Err(failed) => connection.answer(Outcome::Failed(failed)),
             },
-            (Some(_), Stage::Asking | Stage::Answered) => {}
+            (Some(_), Stage::Relaying(relay)) => relay.happened(flags),
+            (Some(_), Stage::Asking | Stage::Receiving(_) | Stage::Sending(_) | Stage::Answered) => {}
         }
         Some(slot)
     }
@@ -293,6 +327,9 @@ impl<'a> Agent<'a> {
                 None => Next::Wait,
             };
         }
+        if let Stage::Relaying(_) = connection.stage {
+            return self.relay(slot, connection);
+        }
         if connection.receive().is_err() || self.take_frames(slot, connection).is_err() {
             return Next::Close;
         }
@@ -302,8 +339,17 @@ impl<'a> Agent<'a> {
             let registrar = Registrar { epoll: self.epoll.as_fd(), data: &files };
             more_output = session.advance(&mut connection.out, &registrar);
             if let Some(exited) = session.outcome() {
+                session.say_last_words(&mut connection.out);
                 frame::append_message(&mut connection.out, Kind::Exited, &exited);
                 connection.stage = Stage::Answered;
+            }
+        }
+        if let Stage::Sending(sending) = &mut connection.stage {
+            more_output = true;
+            if connection.out.is_empty()
+                && let Some(outcome) = sending.advance(&mut connection.out)
+            {
+                connection.answer(outcome);
             }
         }
         if connection.send(&self.epoll, slot).is_err() {
@@ -314,6 +360,65 @@ impl<'a> Agent<'a> {
             _ if connection.readable || (more_output && connection.out.is_empty()) => Next::Again,
             _ => Next::Wait,
         }
+    }
+
+    /// Carries a TCP connection on, once it is made and the host has heard of it.
+    fn relay(&mut self, slot: usize, connection: &mut Connection) -> Next {
+        let files = |source| data(slot, Some(source));
+        let registrar = Registrar { epoll: self.epoll.as_fd(), data: &files };
+        if let Stage::Relaying(relay) = &mut connection.stage {
+            match relay.settle(&registrar) {
+                None if !relay.is_connected() => {
+                    // Who does not wait any more has hung up, for nothing is to be sent yet.
+                    return if connection.hung_up { Next::Close } else { Next::Wait };
+                }
+                None => {}
+                Some(Ok(())) => connection.say(Outcome::Done(Done {})),
+                Some(Err(failed)) => connection.answer(Outcome::Failed(failed)),
+            }
+        }
+        if connection.send(&self.epoll, slot).is_err() {
+            return Next::Close;
+        }
+        let Connection { socket, readable, writable, out, stage, .. } = connection;
+        match stage {
+            _ if !out.is_empty() => Next::Wait,
+            Stage::Relaying(relay) => relay.advance(socket, readable, writable),
+            _ => Next::Close,
+        }
+    }
+
+    /// Sends a signal to every process, or to the command that is process 1.
+    fn signal(&mut self, number: u32) -> Result<(), Failed> {
+        self.has_root()?;
+        let Some(workload) = &self.workload else { return Ok(()) };
+        if workload.signal_all(number)? {
+            for connection in self.connections.iter_mut().flatten() {
+                if let Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session) =
+                    &mut connection.stage
+                    && session.is_first()
+                {
+                    session.signal_process(number);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins to make a TCP connection.
+    fn dial(&mut self, slot: usize, connection: &mut Connection, dial: Dial) -> Result<Relay, Failed> {
+        self.has_root()?;
+        let is_relay = |connection: &&Connection| matches!(connection.stage, Stage::Relaying(_));
+        if self.connections.iter().flatten().filter(is_relay).count() >= MAX_RELAYS {
+            let message =
+                format!("{MAX_RELAYS} connections to ports of the guest are open, as many as there may be");
+            return Err(failed(Reason::Busy, message));
+        }
+        connection
+            .watch(&self.epoll, slot)
+            .map_err(|_| invalid("the connection cannot be watched".into()))?;
+        let files = |source| data(slot, Some(source));
+        Relay::dial(dial.port, &Registrar { epoll: self.epoll.as_fd(), data: &files })
     }
 
     fn take_frames(&mut self, slot: usize, connection: &mut Connection) -> Result<(), Violation> {
@@ -349,7 +454,9 @@ impl<'a> Agent<'a> {
                 self.call(slot, connection, call);
             }
             Stage::Running(session) => match frame {
-                ToAgent::Request(_) => return Err(Violation),
+                ToAgent::Request(_) | ToAgent::Entry(_) | ToAgent::Data(_) | ToAgent::End => {
+                    return Err(Violation);
+                }
                 ToAgent::Stdin(bytes) => session.stdin(bytes)?,
                 ToAgent::StdinEnd => session.end_stdin(),
                 ToAgent::Signal(number) => session.signal(number),
@@ -359,7 +466,12 @@ impl<'a> Agent<'a> {
                 ToAgent::StdoutClose => session.close_output(0),
                 ToAgent::StderrClose => session.close_output(1),
             },
-            Stage::Waiting(_) => return Err(Violation),
+            Stage::Receiving(receiving) => match receiving.take(frame)? {
+                Some(outcome @ Outcome::Failed(_)) => connection.say(outcome),
+                Some(outcome) => connection.answer(outcome),
+                None => {}
+            },
+            Stage::Sending(_) | Stage::Relaying(_) | Stage::Waiting(_) => return Err(Violation),
             // What was under way when the command ended, or was never started.
             Stage::Answered | Stage::Abandoned(_) | Stage::Detached(_) => {}
         }
@@ -381,6 +493,31 @@ impl<'a> Agent<'a> {
             Call::RemoveFile(file) => {
                 self.has_root().and_then(|()| extra::remove(&file)).map(|()| Outcome::Done(Done {}))
             }
+            Call::Put(put) => match self.has_root().and_then(|()| Receiving::begin(&put)) {
+                Ok(receiving) => {
+                    connection.say(Outcome::Done(Done {}));
+                    connection.stage = Stage::Receiving(receiving);
+                    return;
+                }
+                Err(failed) => Err(failed),
+            },
+            Call::Get(get) => match self.has_root().and_then(|()| Sending::begin(&get)) {
+                Ok(sending) => {
+                    connection.say(Outcome::Done(Done {}));
+                    connection.stage = Stage::Sending(sending);
+                    return;
+                }
+                Err(failed) => Err(failed),
+            },
+            Call::Dial(dial) => match self.dial(slot, connection, dial) {
+                Ok(relay) => {
+                    connection.stage = Stage::Relaying(relay);
+                    return;
+                }
+                Err(failed) => Err(failed),
+            },
+            Call::Signal(signal) => self.signal(signal.number).map(|()| Outcome::Done(Done {})),
+            Call::Measure(_) => self.has_root().and_then(|()| measure()).map(Outcome::Measured),
             Call::Await(request) => match self.wait(slot, request) {
                 Ok(wait) => {
                     connection.stage = Stage::Waiting(wait);
@@ -544,7 +681,12 @@ impl<'a> Agent<'a> {
                 Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session) => {
                     !session.has_ended()
                 }
-                Stage::Asking | Stage::Waiting(_) | Stage::Answered => false,
+                Stage::Asking
+                | Stage::Waiting(_)
+                | Stage::Receiving(_)
+                | Stage::Sending(_)
+                | Stage::Relaying(_)
+                | Stage::Answered => false,
             };
             if !stopping.commands_have_ended && !self.connections.iter().flatten().any(runs) {
                 stopping.commands_have_ended = true;

@@ -8,10 +8,11 @@
 //! left behind may still write is not waited for, as `docker run` does not.
 
 use alloc::rc::Rc;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use kiln_protocol::frame::{self, HEADER_BYTES, Kind};
-use kiln_protocol::{Exited, INITIAL_CREDIT_BYTES, MAX_DATA_BYTES, WindowSize};
+use kiln_protocol::{Exited, INITIAL_CREDIT_BYTES, MAX_DATA_BYTES, Reason, WindowSize};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
@@ -19,8 +20,9 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
+use crate::failure::internal;
 use crate::sys::{self, Ended};
-use crate::workload::{self, Running, SIGKILL};
+use crate::workload::{self, Chain, Running, SIGKILL, Workload};
 
 /// The most a terminal can hold of what a command wrote before it ended: 64 KiB on the way and a line buffer.
 const MAX_TERMINAL_BYTES: u64 = 128 << 10;
@@ -44,6 +46,8 @@ pub(crate) enum Source {
     Stderr,
     /// There is a reason to look for what is waited for; no command is.
     Awaited,
+    /// A TCP connection is ready; no command is.
+    Dialed,
 }
 
 /// Registers the files of one session with the event loop.
@@ -54,7 +58,7 @@ pub(crate) struct Registrar<'a> {
 }
 
 impl Registrar<'_> {
-    fn add(&self, source: Source, file: impl AsFd, flags: EventFlags) -> Result<(), Errno> {
+    pub(crate) fn add(&self, source: Source, file: impl AsFd, flags: EventFlags) -> Result<(), Errno> {
         epoll::add(self.epoll, file, (self.data)(source), flags | EventFlags::ET)
     }
 
@@ -75,6 +79,14 @@ pub(crate) struct Session {
     outputs: [Output; 2],
     ended: Option<Ended>,
     timed_out: bool,
+    /// What follows, once the command has exited with 0.
+    chain: Option<Chain>,
+    /// How the command ended that the next one of the chain is to follow.
+    due: Option<Ended>,
+    /// Why the next one did not start, for stderr.
+    last_words: String,
+    /// The most memory one of the chain had resident, in KiB.
+    peak_rss_kib: u64,
     /// The signal that SIGKILL stood in for.
     stood_in_for: Option<u32>,
 }
@@ -100,12 +112,82 @@ impl Session {
             Output::new(Kind::Stdout, streams.stdout.take(), terminal),
             Output::new(Kind::Stderr, streams.stderr.take(), terminal),
         ];
-        Ok(Self { running, timer, input, outputs, ended: None, timed_out: false, stood_in_for: None })
+        let chain = running.chain.take();
+        Ok(Self {
+            running,
+            timer,
+            input,
+            outputs,
+            ended: None,
+            timed_out: false,
+            chain,
+            due: None,
+            last_words: String::new(),
+            peak_rss_kib: 0,
+            stood_in_for: None,
+        })
     }
 
     /// The command's process, as long as it has not been reaped.
     pub(crate) fn process(&self) -> Option<BorrowedFd<'_>> {
-        self.ended.is_none().then(|| self.running.child.pidfd.as_fd())
+        self.runs().then(|| self.running.child.pidfd.as_fd())
+    }
+
+    /// Its process is there: it has not been reaped.
+    fn runs(&self) -> bool {
+        self.ended.is_none() && self.due.is_none()
+    }
+
+    /// The next command of its chain is to be started.
+    pub(crate) fn is_due(&self) -> bool {
+        self.due.is_some()
+    }
+
+    /// Starts the next command of its chain; without a `workload`, the chain ends here.
+    pub(crate) fn go_on(&mut self, workload: Option<&Workload>, registrar: &Registrar<'_>) {
+        let (Some(last), Some(chain)) = (self.due.take(), &mut self.chain) else { return };
+        let Some(workload) = workload.filter(|_| !self.timed_out) else {
+            self.finish(last);
+            return;
+        };
+        let started = workload.start_next(chain).and_then(|child| {
+            match registrar.add(Source::Child, &child.pidfd, EventFlags::IN) {
+                Ok(()) => Ok(child),
+                Err(error) => {
+                    let _ = sys::signal(child.pid, true, SIGKILL);
+                    let _ = sys::reap(child.pid, true);
+                    Err(internal("watch the command", error))
+                }
+            }
+        });
+        let ends = chain.is_empty();
+        match started {
+            Ok(child) => {
+                self.running.child = child;
+                if ends {
+                    // With it goes the last end of its streams that is not its own.
+                    self.chain = None;
+                }
+            }
+            Err(failed) => {
+                let code = match failed.reason() {
+                    Reason::NotFound => 127,
+                    Reason::NotExecutable => 126,
+                    _ => 125,
+                };
+                self.last_words = failed.message;
+                self.last_words.push('\n');
+                self.finish(Ended { code, ..last });
+            }
+        }
+    }
+
+    /// Appends what is to be said on stderr behind all that was written there, as far as the host has room for it.
+    pub(crate) fn say_last_words(&mut self, out: &mut Vec<u8>) {
+        let words = core::mem::take(&mut self.last_words);
+        if !words.is_empty() && words.len() as u64 <= self.outputs[1].credit {
+            frame::append(out, Kind::Stderr, words.as_bytes());
+        }
     }
 
     /// It is process 1 of its namespace.
@@ -119,7 +201,7 @@ impl Session {
             Source::Child => self.reap(),
             Source::Timer => self.time_is_up(),
             Source::Stdin => self.input.writable = true,
-            Source::Awaited => {}
+            Source::Awaited | Source::Dialed => {}
             Source::Stdout | Source::Stderr => {
                 if flags.contains(EventFlags::OUT) {
                     self.input.writable = true;
@@ -166,14 +248,21 @@ impl Session {
 
     /// Sends a signal to the command's process group.
     pub(crate) fn signal(&mut self, number: u32) {
-        if self.ended.is_none() && workload::deliver(self.running.child.pid, self.is_first(), true, number) {
+        if self.runs() && workload::deliver(self.running.child.pid, self.is_first(), true, number) {
+            self.stood_in_for.get_or_insert(number);
+        }
+    }
+
+    /// Sends a signal to the command's own process.
+    pub(crate) fn signal_process(&mut self, number: u32) {
+        if self.runs() && workload::deliver(self.running.child.pid, self.is_first(), false, number) {
             self.stood_in_for.get_or_insert(number);
         }
     }
 
     /// Kills the command's process group, or everything when it is process 1 of its namespace.
     pub(crate) fn kill(&mut self) {
-        if self.ended.is_none() {
+        if self.runs() {
             let _ = sys::signal(self.running.child.pid, !self.is_first(), SIGKILL);
         }
     }
@@ -181,6 +270,7 @@ impl Session {
     /// Closes the command's streams, and kills it: nobody is there any more to hear of it.
     pub(crate) fn abandon(&mut self) {
         self.kill();
+        self.chain = None;
         self.input.close();
         self.outputs.iter_mut().for_each(Output::close);
     }
@@ -220,19 +310,29 @@ impl Session {
             _ => ended.signal.into(),
         };
         let code = ended.code.into();
-        Some(Exited { code, signal, timed_out: self.timed_out, peak_rss_kib: ended.peak_rss_kib })
+        Some(Exited { code, signal, timed_out: self.timed_out, peak_rss_kib: self.peak_rss_kib })
     }
 
     fn reap(&mut self) {
-        if self.ended.is_some() {
+        if !self.runs() {
             return;
         }
         if let Ok(Some(ended)) = sys::reap(self.running.child.pid, false) {
-            self.ended = Some(ended);
-            self.timer = None;
-            self.input.close();
-            self.outputs.iter_mut().for_each(Output::end);
+            self.peak_rss_kib = self.peak_rss_kib.max(ended.peak_rss_kib);
+            if self.chain.is_some() && (ended.code, ended.signal) == (0, 0) {
+                self.due = Some(ended);
+            } else {
+                self.finish(ended);
+            }
         }
+    }
+
+    fn finish(&mut self, ended: Ended) {
+        self.ended = Some(ended);
+        self.chain = None;
+        self.timer = None;
+        self.input.close();
+        self.outputs.iter_mut().for_each(Output::end);
     }
 
     fn time_is_up(&mut self) {

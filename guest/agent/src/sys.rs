@@ -16,7 +16,9 @@ mod random;
 mod read;
 mod vsock;
 
-pub use child::{Child, END_WITH_ORPHANS, Ended, Failure, Stage, Start, reap, signal, start, start_reaper};
+pub use child::{
+    Child, END_WITH_ORPHANS, Ended, Failure, Stage, Start, reap, signal, signal_all, start, start_reaper,
+};
 pub use clock::{monotonic_ns, realtime_ns, ticks};
 pub use console::say;
 pub use heap::Heap;

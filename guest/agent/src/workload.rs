@@ -8,12 +8,14 @@
 //! (s6, runit) run, and when it ends the kernel ends all others. A guest that outlives its commands asks for a reaper
 //! instead, as with `docker run --init`.
 
+use alloc::collections::VecDeque;
+use alloc::format;
 use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::cell::Cell;
 
-use kiln_protocol::{Exec, Failed, WindowSize};
+use kiln_protocol::{Argv, Exec, Failed, MAX_CHAIN, WindowSize};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
@@ -28,7 +30,7 @@ use crate::failure::{internal, invalid, unusable_directory};
 use crate::freezer::{Frozen, Groups};
 use crate::identity::Files;
 use crate::sys::{self, Child, Stage, Start};
-use crate::{files, mounts};
+use crate::{files, mounts, transfer};
 
 /// SIGTERM, which every process has the time to act on.
 pub(crate) const SIGTERM: u32 = 15;
@@ -86,6 +88,21 @@ pub(crate) struct Running {
     /// It is process 1 of its namespace.
     pub(crate) is_first: bool,
     pub(crate) streams: Streams,
+    /// What follows it.
+    pub(crate) chain: Option<Chain>,
+}
+
+/// Commands that follow one another, and their ends of the streams.
+pub(crate) struct Chain {
+    commands: VecDeque<Command>,
+    theirs: Theirs,
+}
+
+impl Chain {
+    /// None follows any more.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.commands.is_empty()
+    }
 }
 
 /// The agent's ends of a command's streams.
@@ -156,7 +173,11 @@ impl Workload {
             self.enter(first)?;
         }
         let (tty, stdin) = (exec.tty, exec.stdin);
+        let mut exec = exec;
+        let files = core::mem::take(&mut exec.files);
+        let followers = self.followers(&mut exec)?;
         let command = Command::prepare(exec, &self.place.hostname)?;
+        transfer::stage(&files)?;
         let uid = Uid::from_raw(command.identity.uid);
         let made = match tty {
             Some(size) => self.terminal(uid, size),
@@ -170,7 +191,35 @@ impl Workload {
             self.first = First::Command(child.pid);
             self.warming = is_warmup;
         }
-        Ok(Running { child, is_first, streams })
+        let chain = (!followers.is_empty()).then_some(Chain { commands: followers, theirs });
+        Ok(Running { child, is_first, streams, chain })
+    }
+
+    /// The commands that follow a command, made ready.
+    fn followers(&self, exec: &mut Exec) -> Result<VecDeque<Command>, Failed> {
+        let chain = core::mem::take(&mut exec.chain);
+        if chain.is_empty() {
+            return Ok(VecDeque::new());
+        }
+        if chain.len() > MAX_CHAIN {
+            return Err(invalid(format!("more than {MAX_CHAIN} commands follow a command")));
+        }
+        if exec.tty.is_some() || !matches!(self.first, First::Reaper(_)) {
+            // A terminal hangs up with its session's first process, as a namespace ends with its own.
+            return Err(invalid(
+                "commands can follow one another without a terminal, and beside a reaper".into(),
+            ));
+        }
+        let follower =
+            |argv: Argv| Command::prepare(Exec { argv: argv.words, ..exec.clone() }, &self.place.hostname);
+        chain.into_iter().map(follower).collect()
+    }
+
+    /// Starts the next command of a chain, which has one.
+    pub(crate) fn start_next(&self, chain: &mut Chain) -> Result<Child, Failed> {
+        let command = chain.commands.pop_front().ok_or_else(|| invalid("no command follows".into()))?;
+        let group = self.place.groups.as_ref().map(Groups::commands);
+        self.spawn(&command, false, false, &chain.theirs, group)
     }
 
     fn spawn(
@@ -339,6 +388,20 @@ impl Workload {
         }
     }
 
+    /// Sends a signal to every process, through the reaper. Whether a command is process 1 instead, which its session signals.
+    pub(crate) fn signal_all(&self, number: u32) -> Result<bool, Failed> {
+        if !(1..=MAX_SIGNAL).contains(&number) {
+            return Err(invalid("a signal is a number from 1 to 64".into()));
+        }
+        match &self.first {
+            First::Command(_) => Ok(true),
+            First::Reaper(child) => sys::signal_all(child.pid, number)
+                .map(|()| false)
+                .map_err(|error| internal("send a signal", error)),
+            First::Missing | First::Ended => Err(invalid("the guest has no processes to signal".into())),
+        }
+    }
+
     /// Says that no command is left that the agent started: the reaper ends when its own, the orphans, have.
     pub(crate) fn end_with_orphans(&self) {
         if let First::Reaper(child) = &self.first {
@@ -437,8 +500,6 @@ fn give(stream: &OwnedFd, uid: Uid) -> Result<(), Errno> {
 
 #[cfg(test)]
 mod tests {
-    use alloc::format;
-
     use super::*;
 
     fn status(blocked: u64, ignored: u64, caught: u64) -> String {

@@ -12,6 +12,8 @@ mod guest;
 #[path = "agent/machine.rs"]
 mod machine;
 
+#[path = "agent/chains.rs"]
+mod chains;
 #[path = "agent/commands.rs"]
 mod commands;
 #[path = "agent/files.rs"]
@@ -20,6 +22,8 @@ mod files;
 mod namespaces;
 #[path = "agent/parking.rs"]
 mod parking;
+#[path = "agent/ports.rs"]
+mod ports;
 #[path = "agent/rules.rs"]
 mod rules;
 #[path = "agent/setup.rs"]
@@ -28,3 +32,7 @@ mod setup;
 mod streams;
 #[path = "agent/terminals.rs"]
 mod terminals;
+#[path = "agent/trees.rs"]
+mod trees;
+#[path = "agent/whole.rs"]
+mod whole;

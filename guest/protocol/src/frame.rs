@@ -4,13 +4,15 @@ use alloc::vec::Vec;
 
 use prost::Message;
 
-use crate::{MAX_DATA_BYTES, MAX_PAYLOAD_BYTES, Request, WindowSize};
+use crate::{Entry, MAX_DATA_BYTES, MAX_PAYLOAD_BYTES, Request, WindowSize};
 
 /// Bytes of a frame's header: payload length (4, little-endian) and kind (1).
 pub const HEADER_BYTES: usize = 5;
 
 /// The most bytes of a reply: its longest text is one line of an error.
 const MAX_REPLY_BYTES: usize = 16 << 10;
+/// The most bytes of an entry: a name, the longest path a link can lead to, and numbers.
+const MAX_ENTRY_BYTES: usize = 5 << 10;
 /// The most bytes of a message that holds a few numbers.
 const MAX_NUMBERS_BYTES: usize = 128;
 
@@ -37,6 +39,12 @@ pub enum Kind {
     StdoutClose = 8,
     /// Host to agent: the same for stderr. No payload.
     StderrClose = 9,
+    /// Either side: an [`Entry`] of a tree.
+    Entry = 10,
+    /// Either side: contents of the file whose entry came last.
+    Data = 11,
+    /// Host to agent: the tree is complete. No payload.
+    End = 12,
     /// Agent to host: a [`Reply`](crate::Reply).
     Reply = 16,
     /// Agent to host: bytes the command wrote to stdout (or its terminal).
@@ -54,8 +62,9 @@ impl Kind {
     pub fn max_payload_bytes(self) -> usize {
         match self {
             Self::Request => MAX_PAYLOAD_BYTES,
-            Self::Stdin | Self::Stdout | Self::Stderr => MAX_DATA_BYTES,
-            Self::StdinEnd | Self::StdoutClose | Self::StderrClose => 0,
+            Self::Stdin | Self::Stdout | Self::Stderr | Self::Data => MAX_DATA_BYTES,
+            Self::Entry => MAX_ENTRY_BYTES,
+            Self::End | Self::StdinEnd | Self::StdoutClose | Self::StderrClose => 0,
             Self::Signal => size_of::<u32>(),
             Self::StdoutCredit | Self::StderrCredit | Self::StdinCredit => size_of::<u64>(),
             Self::Reply => MAX_REPLY_BYTES,
@@ -78,6 +87,9 @@ impl TryFrom<u8> for Kind {
             7 => Self::StderrCredit,
             8 => Self::StdoutClose,
             9 => Self::StderrClose,
+            10 => Self::Entry,
+            11 => Self::Data,
+            12 => Self::End,
             16 => Self::Reply,
             17 => Self::Stdout,
             18 => Self::Stderr,
@@ -163,6 +175,12 @@ pub enum ToAgent<'a> {
     StdoutClose,
     /// [`Kind::StderrClose`].
     StderrClose,
+    /// [`Kind::Entry`].
+    Entry(Entry),
+    /// [`Kind::Data`].
+    Data(&'a [u8]),
+    /// [`Kind::End`].
+    End,
 }
 
 impl<'a> ToAgent<'a> {
@@ -183,6 +201,9 @@ impl<'a> ToAgent<'a> {
             Kind::StderrCredit => Self::StderrCredit(u64()?),
             Kind::StdoutClose => Self::StdoutClose,
             Kind::StderrClose => Self::StderrClose,
+            Kind::Entry => Self::Entry(Entry::decode(payload).map_err(|_| broken)?),
+            Kind::Data => Self::Data(payload),
+            Kind::End => Self::End,
             Kind::Reply | Kind::Stdout | Kind::Stderr | Kind::StdinCredit | Kind::Exited => {
                 return Err(Malformed::Direction(kind));
             }

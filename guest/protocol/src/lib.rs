@@ -40,6 +40,10 @@ pub const MAX_DATA_BYTES: usize = 32 << 10;
 pub const MAX_FILE_PART_BYTES: usize = 32 << 10;
 /// The most bytes of a file that is written by [`WriteFile`].
 pub const MAX_FILE_BYTES: u64 = 1 << 30;
+/// The most files that are written before a command starts, in the request for it.
+pub const MAX_STAGED_FILES: usize = 64;
+/// The most commands that follow one in the same request.
+pub const MAX_CHAIN: usize = 64;
 /// What a sender may send on a stream before the receiver has granted anything.
 pub const INITIAL_CREDIT_BYTES: u64 = 256 << 10;
 /// The guest physical address of the power device's page: exit codes, panic notice and the doorbell.

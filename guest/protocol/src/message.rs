@@ -9,7 +9,7 @@ use prost::{Enumeration, Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Request {
     /// The one thing asked for. `None` is refused.
-    #[prost(oneof = "Call", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "Call", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub call: Option<Call>,
 }
 
@@ -45,6 +45,136 @@ pub enum Call {
     /// Says who a guest is that is parked at its port: the only thing such a guest hears. It has said [`Parked`] first, unasked.
     #[prost(message, tag = "9")]
     Become(Become),
+    /// Writes a file or tree into the guest's root. Answered by [`Done`] when it can begin; then entries and their data come,
+    /// and the end of them, which is answered by another [`Done`].
+    #[prost(message, tag = "10")]
+    Put(Put),
+    /// Reads a file or tree. Answered by [`Done`] when it can begin; then entries and their data come, and another reply, which
+    /// says whether that was all.
+    #[prost(message, tag = "11")]
+    Get(Get),
+    /// Connects to a TCP port of the guest's own. Answered by [`Done`]; from then on the connection carries what that one does.
+    #[prost(message, tag = "12")]
+    Dial(Dial),
+    /// Sends a signal to the guest's processes.
+    #[prost(message, tag = "13")]
+    Signal(Signal),
+    /// Asks what the guest uses.
+    #[prost(message, tag = "14")]
+    Measure(Measure),
+}
+
+/// Writes a file or tree into the guest's root, as root. Links of the path end inside that root.
+#[derive(Clone, PartialEq, Message)]
+pub struct Put {
+    /// Where: an absolute path in the guest's root.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: Vec<u8>,
+    /// How the root of the tree is named.
+    #[prost(enumeration = "PutNaming", tag = "2")]
+    pub naming: i32,
+    /// The name of what is written, for [`PutNaming::Into`].
+    #[prost(bytes = "vec", tag = "3")]
+    pub name: Vec<u8>,
+    /// Files get the owners their entries say, and not root.
+    #[prost(bool, tag = "4")]
+    pub keep_owner: bool,
+}
+
+/// How the root of a tree is named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Enumeration)]
+#[repr(i32)]
+pub enum PutNaming {
+    /// As the path says. The directories above it are made.
+    Exact = 0,
+    /// As `docker cp` has it: by its own name in the path, if that is a directory, and as the path otherwise.
+    Into = 1,
+    /// What is in it goes into the path, if that is a directory.
+    Contents = 2,
+}
+
+/// Reads a file or tree of the guest's root.
+#[derive(Clone, PartialEq, Message)]
+pub struct Get {
+    /// Its absolute path in the guest's root.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: Vec<u8>,
+    /// It has to be a regular file, or a link to one. Otherwise a link is what is read.
+    #[prost(bool, tag = "2")]
+    pub file: bool,
+}
+
+/// One file, link or directory of a tree. Of a directory, what is in it follows; of a file, its contents.
+#[derive(Clone, PartialEq, Message)]
+pub struct Entry {
+    /// How many directories of the tree it is in, which have come before: 0 for the root alone.
+    #[prost(uint32, tag = "1")]
+    pub depth: u32,
+    /// Its name: one component. The root has none.
+    #[prost(bytes = "vec", tag = "2")]
+    pub name: Vec<u8>,
+    /// Its `st_mode`: type and permissions.
+    #[prost(uint32, tag = "3")]
+    pub mode: u32,
+    /// Its owner.
+    #[prost(uint32, tag = "4")]
+    pub uid: u32,
+    /// Its group.
+    #[prost(uint32, tag = "5")]
+    pub gid: u32,
+    /// When it was last changed, in seconds since 1970; with no nanoseconds either, it is not known.
+    #[prost(int64, tag = "6")]
+    pub mtime_s: i64,
+    /// And nanoseconds.
+    #[prost(uint32, tag = "7")]
+    pub mtime_ns: u32,
+    /// The size of a file, in bytes, when it was opened. What follows of it may be less, and for a file that does not know its
+    /// size, which says 0, more.
+    #[prost(uint64, tag = "8")]
+    pub size: u64,
+    /// Where a link leads.
+    #[prost(bytes = "vec", tag = "9")]
+    pub target: Vec<u8>,
+}
+
+/// Connects to a TCP port on the guest's loopback interface: 127.0.0.1, and `::1` when nothing listens there.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Dial {
+    /// The port, 1 to 65535.
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+}
+
+/// Sends a signal to every process of the guest's, or where the first command is process 1, to that.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Signal {
+    /// Its number, 1 to 64.
+    #[prost(uint32, tag = "1")]
+    pub number: u32,
+}
+
+/// Asks what the guest uses.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Measure {}
+
+/// What a guest uses.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Measured {
+    /// Memory the guest has, in bytes, without what its kernel took at its start.
+    #[prost(uint64, tag = "1")]
+    pub memory_bytes: u64,
+    /// Of that, what is in use and cannot be had back without being written out or killed for.
+    #[prost(uint64, tag = "2")]
+    pub memory_used_bytes: u64,
+    /// Processor time of all that ran in the guest since it started, its kernel's own among it, in microseconds.
+    #[prost(uint64, tag = "3")]
+    pub cpu_us: u64,
+    /// Processes of the guest's users, a reaper among them.
+    #[prost(uint32, tag = "4")]
+    pub processes: u32,
+    /// The guest's `CLOCK_MONOTONIC`, in microseconds: for a restored one, what its template had at its end is in it.
+    #[prost(uint64, tag = "5")]
+    pub uptime_us: u64,
 }
 
 /// Says who a parked guest is now.
@@ -181,6 +311,36 @@ pub struct Exec {
     /// a reaper is process 1, this is a command like any other.
     #[prost(bool, tag = "8")]
     pub warmup: bool,
+    /// Files that are written before it starts; at most [`MAX_STAGED_FILES`](crate::MAX_STAGED_FILES).
+    #[prost(message, repeated, tag = "9")]
+    pub files: Vec<StagedFile>,
+    /// Commands that follow it, each once the one before has exited with 0, in the same streams, environment and time. How the
+    /// last one ended that was started is how all ended; one that could not be started ends them with the code a shell would
+    /// report. At most [`MAX_CHAIN`](crate::MAX_CHAIN), without a terminal, and only where a reaper is process 1.
+    #[prost(message, repeated, tag = "10")]
+    pub chain: Vec<Argv>,
+}
+
+/// A file that is written as root, in the place of what has its name, with the directories above it.
+#[derive(Clone, PartialEq, Message)]
+pub struct StagedFile {
+    /// Its absolute path in the guest's root.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: Vec<u8>,
+    /// Its permissions: the lowest 12 bits of `st_mode`.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    /// What is in it.
+    #[prost(bytes = "vec", tag = "3")]
+    pub contents: Vec<u8>,
+}
+
+/// A command and its arguments.
+#[derive(Clone, PartialEq, Message)]
+pub struct Argv {
+    /// As [`Exec::argv`].
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub words: Vec<Vec<u8>>,
 }
 
 /// The size of a terminal in characters.
@@ -206,7 +366,7 @@ pub struct PowerOff {
 #[derive(Clone, PartialEq, Message)]
 pub struct Reply {
     /// What came of it.
-    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub outcome: Option<Outcome>,
 }
 
@@ -231,6 +391,9 @@ pub enum Outcome {
     /// The guest has become another.
     #[prost(message, tag = "6")]
     Became(Became),
+    /// What the guest uses.
+    #[prost(message, tag = "7")]
+    Measured(Measured),
 }
 
 /// The guest is parked without a doorbell.
@@ -302,10 +465,14 @@ pub enum Reason {
     Internal = 0,
     /// The request itself is wrong: unknown user, empty argv, setup twice.
     Invalid = 1,
-    /// The command does not exist (exit code 127).
+    /// The command does not exist (exit code 127), or the file.
     NotFound = 2,
     /// The command exists and cannot be executed (exit code 126).
     NotExecutable = 3,
+    /// Nothing listens on the port.
+    NotListening = 4,
+    /// As many of these as there may be at a time are under way.
+    Busy = 5,
 }
 
 /// How a command ended; the last frame of an exec stream.

@@ -19,6 +19,7 @@
 
 mod client;
 mod folder;
+mod inside;
 mod keeper;
 mod record;
 mod wire;

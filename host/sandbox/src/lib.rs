@@ -14,9 +14,11 @@ pub mod blocking;
 pub mod bundle;
 pub mod detached;
 mod disk;
+mod files;
 pub mod launch;
 pub mod monitor;
 mod pool;
+mod ports;
 mod sealed;
 pub mod signal;
 mod snapshot;
@@ -27,6 +29,7 @@ pub use baked::{Image, ImageBuilder, ImageError, WarmingUp};
 pub use blame::Blame;
 pub use bundle::{BuiltIn, BundleError, GuestBundle};
 pub use disk::{Disk, Extent, Scratch, ScratchError};
+pub use files::{Copied, CopyOptions, FileError, GuestFile};
 pub use kiln_oci as image;
 pub use kiln_protocol::{Reason, WindowSize};
 pub use kiln_store as store;
@@ -34,10 +37,11 @@ pub use kiln_support::causes::with_causes;
 pub use kiln_support::digest::Digest;
 pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram, RestoreTimes};
 pub use pool::{Pool, PoolBuilder, PoolError, PoolStats};
+pub use ports::{EXPOSED_CONNECTIONS_MAX, ExposeError, ExposedPort, GuestStream};
 pub use snapshot::{
     Bake, BakeError, HostFile, HostFileError, LogPattern, LogPatternError, SnapshotError, Trigger, verify,
 };
 pub use vm::{
-    AskError, ExecBuilder, ExecError, MEMORY_MIN_MIB, MachineCopy, Output, Phase, Standstill, Times,
-    VCPUS_MAX, Vm, VmBuilder, VmError,
+    AskError, ExecBuilder, ExecError, GuestStats, HostStats, MEMORY_MIN_MIB, MachineCopy, Output, Phase,
+    Standstill, Stats, Times, VCPUS_MAX, Vm, VmBuilder, VmError,
 };

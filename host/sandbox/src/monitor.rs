@@ -66,7 +66,7 @@ pub struct Monitor {
     answer: tokio::sync::Mutex<()>,
     /// Held together while requests to the agent are under way, and alone while the guest parks: it forgets requests that it
     /// has not answered.
-    pub(crate) requests: tokio::sync::RwLock<()>,
+    pub(crate) requests: Arc<tokio::sync::RwLock<()>>,
     /// How often the guest is to have become another before it takes requests.
     adoptions_due: AtomicU64,
     process_id: u32,
@@ -153,7 +153,7 @@ impl Monitor {
             life,
             watcher,
             answer: tokio::sync::Mutex::default(),
-            requests: tokio::sync::RwLock::default(),
+            requests: Arc::default(),
             adoptions_due: AtomicU64::new(0),
             process_id,
         })

@@ -4,6 +4,8 @@ pub(crate) mod boot;
 mod builder;
 pub(crate) mod copying;
 mod exec;
+mod inside;
+pub(crate) mod stats;
 mod target;
 
 use std::io;
@@ -18,7 +20,9 @@ use tokio::net::UnixStream;
 pub use builder::VmBuilder;
 pub use copying::{MachineCopy, Standstill};
 pub use exec::{ExecBuilder, ExecError, Output};
+pub use stats::{GuestStats, HostStats, Stats};
 pub use target::AskError;
+pub(crate) use target::{Asking, Target};
 
 use copying::Origin;
 

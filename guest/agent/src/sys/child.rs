@@ -33,9 +33,19 @@ const SIGCHLD: usize = 17;
 
 /// The signal that has a reaper end once it has no child left. It has no other meaning to a virtual machine.
 pub const END_WITH_ORPHANS: u32 = 30;
-/// What a reaper acts on, as a signal set: SIGTERM, which it hands on to all, and [`END_WITH_ORPHANS`]. Of the two the
-/// kernel delivers the smaller first.
-static ORDERS: u64 = 1 << (SIGTERM - 1) | 1 << (END_WITH_ORPHANS - 1);
+/// The signal that has a reaper send all others the one that comes with it as its value. The kernel queues these
+/// (signal(7), "Real-time signals"), so that none is lost on another.
+const SEND_ALL: u32 = 34;
+/// What a reaper acts on, as a signal set: SIGTERM, which it hands on to all, [`END_WITH_ORPHANS`] and [`SEND_ALL`]. Of
+/// several the kernel delivers the smaller first.
+static ORDERS: u64 = 1 << (SIGTERM - 1) | 1 << (END_WITH_ORPHANS - 1) | 1 << (SEND_ALL - 1);
+/// Where these are in `siginfo_t`, which is 32 words of 32 bits: `si_code`, `si_pid` and `si_value`.
+const CODE: usize = 2;
+const SENDER: usize = 4;
+const VALUE: usize = 6;
+/// `si_code` of kill(2) and of sigqueue(3).
+const SI_USER: u32 = 0;
+const SI_QUEUE: u32 = u32::MAX;
 const SET_BYTES: usize = size_of::<u64>();
 
 /// What a child's stack may take between clone and exec: a few frames and a copy of a path.
@@ -200,6 +210,19 @@ pub fn signal(child: Pid, group: bool, number: u32) -> Result<(), Errno> {
     unsafe { syscall(arch::KILL, [target as usize, number as usize, 0, 0, 0]) }.map(|_| ())
 }
 
+/// Has a reaper send a signal to every process of its namespace but itself.
+///
+/// # Errors
+/// `SRCH` when the reaper is not there, `AGAIN` when as many wait for it as the kernel queues.
+pub fn signal_all(reaper: Pid, number: u32) -> Result<(), Errno> {
+    let mut info = [0_u32; 32];
+    (info[0], info[CODE], info[VALUE]) = (SEND_ALL, SI_QUEUE, number);
+    let pid = reaper.as_raw_nonzero().get() as usize;
+    let arguments = [pid, SEND_ALL as usize, (&raw const info).expose_provenance(), 0, 0];
+    // SAFETY: the kernel reads a siginfo_t, which `info` has the size of.
+    unsafe { syscall(arch::RT_SIGQUEUEINFO, arguments) }.map(|_| ())
+}
+
 fn clone(
     mut flags: u64,
     control_group: Option<BorrowedFd<'_>>,
@@ -325,28 +348,35 @@ extern "C" fn run_reaper(_: *mut c_void) -> ! {
         // SAFETY: the kernel reads the two statics, of the sizes it expects. No descriptor is used after.
         let _ = unsafe { syscall(number, arguments) };
     }
-    while next_order() != END_WITH_ORPHANS as usize {
+    loop {
+        let number = match next_order() {
+            (END_WITH_ORPHANS, _) => break,
+            (SEND_ALL, number) => number as usize,
+            _ => SIGTERM,
+        };
         // SAFETY: kill takes numbers; -1 is every process of this namespace but this one.
-        let _ = unsafe { syscall(arch::KILL, [usize::MAX, SIGTERM, 0, 0, 0]) };
+        let _ = unsafe { syscall(arch::KILL, [usize::MAX, number, 0, 0, 0]) };
     }
     // SAFETY: wait4 takes null pointers for what is not wanted. It fails when no child is left.
     while unsafe { syscall(arch::WAIT4, [usize::MAX, 0, 0, 0, 0]) }.is_ok() {}
     exit(0)
 }
 
-/// Waits for a signal of [`ORDERS`] from the agent, which is outside of the namespace and so has no id here.
-fn next_order() -> usize {
-    const SI_USER: u32 = 0;
-    /// Where `si_code` and `si_pid` are in `siginfo_t`, which is 32 words of 32 bits.
-    const CODE: usize = 2;
-    const SENDER: usize = 4;
+/// Waits for a signal of [`ORDERS`] from the agent, which is outside of the namespace and so has no id here; returns it and
+/// the value with it. The value's sender can be made up, by root of the namespace alone: who may send all a signal anyway.
+fn next_order() -> (u32, u32) {
     let mut info = [0_u32; 32];
     let arguments =
         [(&raw const ORDERS).expose_provenance(), (&raw mut info).expose_provenance(), 0, SET_BYTES, 0];
     loop {
         // SAFETY: the kernel reads a signal set and writes a siginfo_t, for which there is room.
         match unsafe { syscall(arch::RT_SIGTIMEDWAIT, arguments) } {
-            Ok(number) if info[CODE] == SI_USER && info[SENDER] == 0 => return number,
+            Ok(number) if info[SENDER] == 0 => match (number as u32, info[CODE]) {
+                (SEND_ALL, SI_QUEUE) => return (SEND_ALL, info[VALUE]),
+                (SEND_ALL, _) => {}
+                (number, SI_USER) => return (number, 0),
+                _ => {}
+            },
             _ => {}
         }
     }

@@ -14,6 +14,7 @@ pub(super) const EXECVE: usize = 59;
 pub(super) const WAIT4: usize = 61;
 pub(super) const KILL: usize = 62;
 pub(super) const RT_SIGTIMEDWAIT: usize = 128;
+pub(super) const RT_SIGQUEUEINFO: usize = 129;
 pub(super) const PRCTL: usize = 157;
 pub(super) const CLOCK_GETTIME: usize = 228;
 pub(super) const EXIT_GROUP: usize = 231;

@@ -94,9 +94,9 @@ fn a_stream_that_begins_with_anything_but_a_request_is_closed() {
 #[test]
 fn a_connection_too_many_is_closed_and_one_that_ends_makes_room() {
     let guest = Guest::bare();
-    let mut idle: Vec<Stream> = (0..64).map(|_| guest.connect()).collect();
+    let mut idle: Vec<Stream> = (0..128).map(|_| guest.connect()).collect();
     assert_eq!(guest.connect().frame(), None);
-    let mut last = idle.pop().expect("64 of them");
+    let mut last = idle.pop().expect("128 of them");
     last.request(Call::Hello(Hello {}));
     assert!(matches!(last.reply(), Outcome::Welcome(_)));
     assert_eq!(last.frame(), None);

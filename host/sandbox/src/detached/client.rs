@@ -9,9 +9,11 @@ use kiln_protocol::Request as AgentRequest;
 use kiln_store::SnapshotRecord;
 use tokio::net::UnixStream;
 
-use super::wire::{self, Answered, Nothing, Outcome, PowerOff, Reply, Request, Saved, Snapshot, Wanted};
+use super::wire::{
+    self, Answered, Nothing, Outcome, PowerOff, Reply, Request, Saved, Snapshot, Used, Wanted,
+};
 use super::{DetachedError, Machines};
-use crate::{AskError, ExecBuilder, MachineCopy, Standstill};
+use crate::{AskError, ExecBuilder, HostStats, MachineCopy, Standstill};
 
 /// A machine that another process keeps. Nothing happens to it when this is dropped.
 #[derive(Clone, Debug)]
@@ -113,10 +115,33 @@ impl Kept {
         let (Outcome::Answered(Answered { reply }), files) = self.ask(Wanted::Agent(request)).await? else {
             return Err(self.odd().into());
         };
-        let Ok([stream]) = <[OwnedFd; 1]>::try_from(files) else { return Err(self.odd().into()) };
+        Ok((reply, self.stream(files)?))
+    }
+
+    /// Has a vsock port of the guest connected to.
+    pub(crate) async fn connect_to(&self, port: u32) -> Result<UnixStream, DetachedError> {
+        let (Outcome::Done(_), files) = self.ask(Wanted::Connect(port)).await? else {
+            return Err(self.odd());
+        };
+        self.stream(files)
+    }
+
+    /// What the process uses that the machine is.
+    pub(crate) async fn host_stats(&self) -> Result<HostStats, DetachedError> {
+        let (Outcome::Used(used), _) = self.ask(Wanted::Use(Nothing {})).await? else {
+            return Err(self.odd());
+        };
+        let Used { resident_bytes, private_bytes, resident_peak_bytes, cpu_us } = used;
+        let cpu_time = Duration::from_micros(cpu_us);
+        Ok(HostStats { resident_bytes, private_bytes, resident_peak_bytes, cpu_time })
+    }
+
+    /// The connection that came with an answer.
+    fn stream(&self, files: Vec<OwnedFd>) -> Result<UnixStream, DetachedError> {
+        let Ok([stream]) = <[OwnedFd; 1]>::try_from(files) else { return Err(self.odd()) };
         let stream = StdStream::from(stream);
         let stream = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
-        Ok((reply, stream.map_err(|error| self.failed(&error))?))
+        stream.map_err(|error| self.failed(&error))
     }
 
     async fn saved(

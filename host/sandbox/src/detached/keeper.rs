@@ -11,18 +11,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kiln_protocol::Call;
+use kiln_protocol::{AGENT_PORT, Call};
 use kiln_store::Store;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::wire::{
-    Answered, Blame, Failed, Listener, Nothing, Outcome, Paused, Reply, Request, Saved, Wanted,
+    Answered, Blame, Failed, Listener, Nothing, Outcome, Paused, Reply, Request, Saved, Used, Wanted,
 };
 use super::{DetachedError, Life, State};
 use crate::monitor::MachineEnd;
 use crate::monitor::channel::AsyncChannel;
-use crate::{AskError, Standstill, Vm, VmError, with_causes};
+use crate::{AskError, HostStats, Standstill, Vm, VmError, with_causes};
 
 /// The most requests at a time; who connects beyond waits.
 const REQUESTS_MAX: usize = 64;
@@ -165,6 +165,20 @@ impl Keeper {
                 let stream = stream.into_std().map_err(|error| failed(Blame::Host, &error.to_string()))?;
                 return Ok((Outcome::Answered(Answered { reply }), vec![stream.into()]));
             }
+            Wanted::Connect(port) => {
+                if port == AGENT_PORT {
+                    return Err(failed(Blame::Caller, "the agent is not connected to but asked"));
+                }
+                let stream = self.vm.connect_to(port).await?;
+                let stream = stream.into_std().map_err(|error| failed(Blame::Host, &error.to_string()))?;
+                return Ok((Outcome::Done(Nothing {}), vec![stream.into()]));
+            }
+            Wanted::Use(_) => {
+                let HostStats { resident_bytes, private_bytes, resident_peak_bytes, cpu_time } =
+                    self.vm.host_stats();
+                let cpu_us = u64::try_from(cpu_time.as_micros()).unwrap_or(u64::MAX);
+                Outcome::Used(Used { resident_bytes, private_bytes, resident_peak_bytes, cpu_us })
+            }
             Wanted::Snapshot(wanted) => {
                 let name = Some(wanted.name).filter(|name| !name.is_empty());
                 let (record, standstill) = self.vm.snapshot(&self.store, name).await?;
@@ -220,7 +234,13 @@ impl Keeper {
 /// Whether a call asks for something in the guest. The others are what a keeper makes of its own requests.
 fn is_a_clients(call: &Call) -> bool {
     match call {
-        Call::Exec(_) | Call::Hello(_) => true,
+        Call::Exec(_)
+        | Call::Hello(_)
+        | Call::Put(_)
+        | Call::Get(_)
+        | Call::Dial(_)
+        | Call::Signal(_)
+        | Call::Measure(_) => true,
         Call::Setup(_)
         | Call::PowerOff(_)
         | Call::Park(_)

@@ -27,7 +27,7 @@ const BACKLOG: i32 = 16;
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Request {
     /// `None` is refused.
-    #[prost(oneof = "Wanted", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "Wanted", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub(super) wanted: Option<Wanted>,
 }
 
@@ -55,6 +55,12 @@ pub(super) enum Wanted {
     /// Copy it. Answered by `Saved`, with the files of the copy.
     #[prost(message, tag = "7")]
     Copy(Nothing),
+    /// Connect to this vsock port of the guest. Answered by `Done`, with the connection.
+    #[prost(uint32, tag = "8")]
+    Connect(u32),
+    /// Say what its process uses. Answered by `Used`.
+    #[prost(message, tag = "9")]
+    Use(Nothing),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
@@ -77,7 +83,7 @@ pub(super) struct Snapshot {
 /// What came of it.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Reply {
-    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4, 5, 6")]
     pub(super) outcome: Option<Outcome>,
 }
 
@@ -94,6 +100,8 @@ pub(super) enum Outcome {
     Answered(Answered),
     #[prost(message, tag = "5")]
     Saved(Saved),
+    #[prost(message, tag = "6")]
+    Used(Used),
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -137,6 +145,19 @@ pub(super) struct Saved {
     pub(super) frozen_ns: u64,
     #[prost(uint64, tag = "3")]
     pub(super) still_ns: u64,
+}
+
+/// [`crate::HostStats`] as it travels.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(super) struct Used {
+    #[prost(uint64, tag = "1")]
+    pub(super) resident_bytes: u64,
+    #[prost(uint64, tag = "2")]
+    pub(super) private_bytes: u64,
+    #[prost(uint64, tag = "3")]
+    pub(super) resident_peak_bytes: u64,
+    #[prost(uint64, tag = "4")]
+    pub(super) cpu_us: u64,
 }
 
 impl From<crate::Blame> for Blame {

@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use kiln_protocol::{Call, Exec, Reason, WindowSize};
+use kiln_protocol::{Argv, Call, Exec, MAX_STAGED_FILES, Reason, StagedFile, WindowSize};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::target::{AskError, Target};
@@ -13,11 +14,15 @@ use crate::Blame;
 use crate::agent::{AgentError, Child, ExitStatus, Streams};
 #[cfg(doc)]
 use crate::detached::Kept;
+use crate::files::{self, FileError};
 use crate::launch::{self, Launch};
 use crate::monitor::MachineEnd;
 
 /// What [`ExecBuilder::output`] keeps of each stream unless told otherwise.
 const OUTPUT_LIMIT_BYTES: usize = 16 << 20;
+/// What a request carries of staged files: a packet to a keeper has room for twice that. What is more is written before, each
+/// file over a connection of its own.
+const STAGED_INLINE_BYTES: usize = 64 << 10;
 
 /// A command to run in a machine. Made by [`Vm::exec`](super::Vm::exec) and [`Kept::exec`].
 #[derive(Debug)]
@@ -25,6 +30,8 @@ const OUTPUT_LIMIT_BYTES: usize = 16 << 20;
 pub struct ExecBuilder<'vm> {
     machine: Target<'vm>,
     exec: Exec,
+    /// Files that are written before it starts.
+    staged: Vec<StagedFile>,
     output_limit_bytes: usize,
 }
 
@@ -45,6 +52,9 @@ pub enum ExecError {
     /// It could not be started.
     #[error(transparent)]
     Ask(#[from] AskError),
+    /// A file could not be written for it; it did not run.
+    #[error("cannot write a file for the command")]
+    Stage(#[from] FileError),
     /// It wrote more than the limit, and was killed.
     #[error("the command wrote more than {limit_bytes} bytes to its {stream}")]
     OutputLimit {
@@ -60,6 +70,7 @@ impl ExecError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Ask(error) => error.blame(),
+            Self::Stage(error) => error.blame(),
             Self::OutputLimit { .. } => Blame::Caller,
         }
     }
@@ -68,7 +79,7 @@ impl ExecError {
     pub fn refusal(&self) -> Option<Reason> {
         match self {
             Self::Ask(error) => error.refusal(),
-            Self::OutputLimit { .. } => None,
+            Self::Stage(_) | Self::OutputLimit { .. } => None,
         }
     }
 
@@ -76,6 +87,7 @@ impl ExecError {
     pub fn machine_end(&self) -> Option<&MachineEnd> {
         match self {
             Self::Ask(error) => error.machine_end(),
+            Self::Stage(error) => error.machine_end(),
             Self::OutputLimit { .. } => None,
         }
     }
@@ -90,7 +102,7 @@ impl From<AgentError> for ExecError {
 impl<'vm> ExecBuilder<'vm> {
     pub(crate) fn new(machine: impl Into<Target<'vm>>, argv: Vec<OsString>) -> Self {
         let exec = Exec { argv: argv.into_iter().map(OsStringExt::into_vec).collect(), ..Exec::default() };
-        Self { machine: machine.into(), exec, output_limit_bytes: OUTPUT_LIMIT_BYTES }
+        Self { machine: machine.into(), exec, staged: Vec::new(), output_limit_bytes: OUTPUT_LIMIT_BYTES }
     }
 
     /// Runs it as a command of its image does, unless told otherwise from here on.
@@ -135,6 +147,28 @@ impl<'vm> ExecBuilder<'vm> {
         self
     }
 
+    /// Has a file written in the guest before the command starts, as root, with these permissions: a script, its input, a secret.
+    /// It takes the place of what has its name, and the directories above it are made; `path` is absolute. May be called again.
+    pub fn stage_file(mut self, path: impl Into<PathBuf>, contents: impl Into<Vec<u8>>, mode: u32) -> Self {
+        let path = path.into().into_os_string().into_vec();
+        self.staged.push(StagedFile { path, mode, contents: contents.into() });
+        self
+    }
+
+    /// Adds a command that follows once the one before has exited with 0, in the same environment, streams, and time: as `a && b`
+    /// of a shell, without one, and in the same request. The output is of all together, the status that of the last that was started;
+    /// a command that cannot be started ends the chain with 127 or 126, and says why on stderr. At most 64, without a
+    /// terminal, and not in a machine whose first command is process 1.
+    pub fn chain<I>(mut self, argv: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<OsString>,
+    {
+        let words = argv.into_iter().map(|word| word.into().into_vec()).collect();
+        self.exec.chain.push(Argv { words });
+        self
+    }
+
     /// Makes it a command that prepares the guest and not its first.
     pub(crate) fn for_warm_up(mut self) -> Self {
         self.exec.warmup = true;
@@ -156,8 +190,22 @@ impl<'vm> ExecBuilder<'vm> {
     /// Starts the command. It runs at most once, whatever happens to the connection.
     ///
     /// # Errors
-    /// [`ExecError::Ask`] with the reason when it could not be started.
-    pub async fn spawn(self) -> Result<Child, ExecError> {
+    /// [`ExecError::Ask`] with the reason when it could not be started; [`ExecError::Stage`] when a file could not be written
+    /// for it.
+    pub async fn spawn(mut self) -> Result<Child, ExecError> {
+        let mut room = STAGED_INLINE_BYTES;
+        for file in std::mem::take(&mut self.staged) {
+            match room.checked_sub(file.contents.len() + file.path.len()) {
+                Some(left) if self.exec.files.len() < MAX_STAGED_FILES => {
+                    room = left;
+                    self.exec.files.push(file);
+                }
+                _ => {
+                    let path = PathBuf::from(OsString::from_vec(file.path));
+                    files::write(self.machine, &path, file.mode, file.contents.as_slice()).await?;
+                }
+            }
+        }
         let streams = Streams::of(&self.exec);
         let (outcome, stream) = self.machine.ask(Call::Exec(self.exec)).await?;
         Ok(Child::carried(stream, streams, &outcome)?.in_machine(self.machine.end_watch()))

@@ -1,7 +1,10 @@
 //! The machine that something is asked of: this process's own, or one that another process keeps.
 
+use std::sync::Arc;
+
 use kiln_protocol::{AGENT_PORT, Call, Outcome, Reason, Request};
 use tokio::net::UnixStream;
+use tokio::sync::OwnedRwLockReadGuard;
 
 use crate::Blame;
 use crate::agent::{AgentError, decode_reply, read_reply_payload, send_request};
@@ -73,6 +76,17 @@ impl Target<'_> {
         Ok((decode_reply(&reply)?, stream))
     }
 
+    /// Connects to a vsock port of the guest, which has not answered yet.
+    ///
+    /// # Errors
+    /// [`AskError`]
+    pub(crate) async fn connect(self, port: u32) -> Result<UnixStream, AskError> {
+        Ok(match self {
+            Self::Own(monitor) => monitor.connect(port).await?,
+            Self::Kept(machine) => machine.connect_to(port).await?,
+        })
+    }
+
     /// A view of the machine's end, if it is this process's own.
     pub(crate) fn end_watch(self) -> Option<EndWatch> {
         match self {
@@ -94,16 +108,43 @@ impl<'vm> From<&'vm Kept> for Target<'vm> {
     }
 }
 
+/// A connection to the agent over which nothing has been asked yet. The machine need not be held for it.
+pub(crate) struct Asking {
+    /// Until there is an answer: a guest that parks forgets what it has not answered.
+    turn: OwnedRwLockReadGuard<()>,
+    stream: UnixStream,
+    end: EndWatch,
+}
+
+impl Asking {
+    pub(crate) async fn begin(monitor: &Monitor) -> Result<Self, MonitorError> {
+        let turn = Arc::clone(&monitor.requests).read_owned().await;
+        let stream = monitor.connect(AGENT_PORT).await?;
+        Ok(Self { turn, stream, end: monitor.end_watch() })
+    }
+
+    /// As [`Target::ask`].
+    pub(crate) async fn ask(self, call: Call) -> Result<(Outcome, UnixStream), AskError> {
+        let (reply, stream) = self.pass_on(&Request { call: Some(call) }).await?;
+        Ok((decode_reply(&reply)?, stream))
+    }
+
+    /// Sends a request, and returns the payload of the agent's answer and the connection.
+    async fn pass_on(mut self, request: &Request) -> Result<(Vec<u8>, UnixStream), AskError> {
+        let answered = async {
+            send_request(&mut self.stream, request).await?;
+            read_reply_payload(&mut self.stream).await
+        };
+        let answered = answered.await;
+        drop(self.turn);
+        match answered {
+            Ok(reply) => Ok((reply, self.stream)),
+            Err(error) => Err(error.explained(&mut self.end).await.into()),
+        }
+    }
+}
+
 /// Sends a request, and returns the payload of the agent's answer and the connection.
 pub(crate) async fn pass_on(monitor: &Monitor, request: &Request) -> Result<(Vec<u8>, UnixStream), AskError> {
-    let _turn = monitor.requests.read().await;
-    let mut stream = monitor.connect(AGENT_PORT).await?;
-    let answered = async {
-        send_request(&mut stream, request).await?;
-        read_reply_payload(&mut stream).await
-    };
-    match answered.await {
-        Ok(reply) => Ok((reply, stream)),
-        Err(error) => Err(error.explained(&mut monitor.end_watch()).await.into()),
-    }
+    Asking::begin(monitor).await?.pass_on(request).await
 }
