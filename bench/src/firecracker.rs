@@ -97,17 +97,33 @@ impl Firecracker {
 
     /// Starts a process and has it restore the snapshot.
     pub(crate) fn restore(&self) -> Result<Restored> {
+        self.restored().map(|(_, restored)| restored)
+    }
+
+    /// The same, and stops the guest after its first beat.
+    pub(crate) fn restore_and_pause(&self) -> Result<Process> {
+        let (process, _) = self.restored()?;
+        process.call("PATCH", "/vm", &serde_json::json!({ "state": "Paused" }))?;
+        Ok(process)
+    }
+
+    fn restored(&self) -> Result<(Process, Restored)> {
         let start = Instant::now();
-        let mut process = Process::start(&self.program, &self.place)?;
+        let (mut process, load) = self.load()?;
+        process.wait_for_beat()?;
+        Ok((process, Restored { ready: start.elapsed(), load }))
+    }
+
+    /// Starts a process and has it load the snapshot and let the guest go on: how long that call took.
+    pub(crate) fn load(&self) -> Result<(Process, Duration)> {
+        let process = Process::start(&self.program, &self.place)?;
         let load = Instant::now();
         let order = serde_json::json!({
             "snapshot_path": self.place.join("state"), "resume_vm": true,
             "mem_backend": { "backend_type": "File", "backend_path": self.place.join("memory") },
         });
         process.call("PUT", "/snapshot/load", &order)?;
-        let loaded = load.elapsed();
-        process.wait_for_beat()?;
-        Ok(Restored { ready: start.elapsed(), load: loaded })
+        Ok((process, load.elapsed()))
     }
 
     /// The files of the snapshot.
@@ -117,6 +133,11 @@ impl Firecracker {
 }
 
 impl Process {
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     fn start(program: &Path, place: &Path) -> Result<Self> {
         let socket = place.join("socket");
         let _ = std::fs::remove_file(&socket);

@@ -1,7 +1,7 @@
 //! Machines of a real image, made as `kiln run` makes them: from a template in a store of their own.
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use kiln::image::Image;
@@ -30,7 +30,9 @@ impl Machines {
         let place = tempfile::tempdir().context("a directory")?;
         let root = place.path().join("store");
         let name = image::busybox()?.reference();
-        let pulled = Command::new(kiln()?).args(["pull", "--quiet", &name]).env("KILN_ROOT", &root).status();
+        let mut pull = Command::new(kiln()?);
+        pull.args(["pull", "--quiet", &name]).env("KILN_ROOT", &root).stdout(Stdio::null());
+        let pulled = pull.status();
         if !pulled.context("cannot start kiln")?.success() {
             bail!("kiln pull failed");
         }

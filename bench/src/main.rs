@@ -1,4 +1,4 @@
-//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|snapshot|fork|pool|pull|rootfs|io|size [--runs N] [--firecracker PROGRAM] [--json FILE]`.
+//! What Kiln costs, beside what else there is: `cargo xtask bench boot|restore|snapshot|fork|pool|exec|density|churn|pull|rootfs|io|size [--runs N] [--firecracker PROGRAM] [--json FILE]`.
 //!
 //! Both sides of a comparison are interleaved in one run, because machines are shared and noisy; each figure says what
 //! clock it is by its name. A missing input is a failure.
@@ -6,12 +6,16 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod churn;
+mod density;
+mod exec;
 mod firecracker;
 mod fork;
 mod host;
 mod io;
 mod machines;
 mod pool;
+mod processes;
 mod pull;
 mod report;
 mod restore;
@@ -26,7 +30,7 @@ use kiln::{BuiltIn, Digest, MonitorProgram};
 
 use report::Report;
 
-const USAGE: &str = "usage: cargo xtask bench boot|restore|snapshot|fork|pool|pull|rootfs|io|size [--runs N] [--firecracker PROGRAM] [--json FILE]";
+const USAGE: &str = "usage: cargo xtask bench boot|restore|snapshot|fork|pool|exec|density|churn|pull|rootfs|io|size [--runs N] [--firecracker PROGRAM] [--json FILE]";
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -50,6 +54,9 @@ fn main() -> Result<()> {
         "pool" => pool::run(&mut report, runs.unwrap_or(50), firecracker.as_deref())?,
         "pull" => pull::run(&mut report, runs.unwrap_or(10))?,
         "rootfs" => rootfs::run(&mut report, runs.unwrap_or(10))?,
+        "exec" => exec::run(&mut report, runs.unwrap_or(50))?,
+        "churn" => churn::run(&mut report, runs.unwrap_or(10), firecracker.as_deref())?,
+        "density" => density::run(&mut report, runs.unwrap_or(64), firecracker.as_deref())?,
         "size" => size::run(&mut report, runs.unwrap_or(50))?,
         "io" => io::run(&mut report, runs.unwrap_or(20))?,
         other => bail!("no benchmark named {other}\n{USAGE}"),

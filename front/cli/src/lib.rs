@@ -24,6 +24,7 @@ mod vm;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
 
 use clap::{CommandFactory, Parser};
 use kiln::{GuestBundle, MonitorProgram};
@@ -47,6 +48,14 @@ pub struct Build {
     pub monitor: Option<BuiltIn>,
 }
 
+impl Build {
+    fn monitor_program(self) -> MonitorProgram {
+        // Where files in memory may not be executed, a start takes longer, and that is all.
+        let built_in = self.monitor.map(MonitorProgram::built_in).and_then(Result::ok);
+        built_in.unwrap_or_else(MonitorProgram::this)
+    }
+}
+
 /// The whole command line as data, for man pages and completions.
 pub fn command() -> clap::Command {
     Cli::command()
@@ -58,7 +67,7 @@ pub fn main(build: Build) -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let context = Context { build, global: cli.global };
+    let context = Context { build, global: cli.global, monitor: Arc::default() };
     let runs_a_command = match &cli.command {
         Command::Run(_) => true,
         Command::Vm(args) => args.command.runs_a_command(),
@@ -76,7 +85,10 @@ pub fn main(build: Build) -> ExitCode {
 
 async fn dispatch(context: &Context, command: Command) -> Result<u8, Failure> {
     match command {
-        Command::Run(args) => return run::run(context, *args).await,
+        Command::Run(args) => {
+            context.prepare_monitor();
+            return run::run(context, *args).await;
+        }
         Command::Pull(args) => images::pull(context, args).await?,
         Command::Images(args) => images::list(context, args.json)?,
         Command::Rmi(args) => return images::remove(context, &args.images),
@@ -133,6 +145,8 @@ fn usage(error: &clap::Error) -> ExitCode {
 struct Context {
     build: Build,
     global: Global,
+    /// What machines' processes are made from, once that is known.
+    monitor: Arc<OnceLock<MonitorProgram>>,
 }
 
 impl Context {
@@ -153,9 +167,17 @@ impl Context {
 
     /// What machines' processes are made from: the monitor that is built in, or this very program, which can be one.
     fn monitor(&self) -> MonitorProgram {
-        // Where files in memory may not be executed, a start takes longer, and that is all.
-        let built_in = self.build.monitor.map(MonitorProgram::built_in).and_then(Result::ok);
-        built_in.unwrap_or_else(MonitorProgram::this)
+        self.monitor.get_or_init(|| self.build.monitor_program()).clone()
+    }
+
+    /// Has it made on a thread of its own, so that who asks for it soon need not wait for a file to be written.
+    fn prepare_monitor(&self) {
+        let (build, monitor) = (self.build, Arc::clone(&self.monitor));
+        if build.monitor.is_some() {
+            std::thread::spawn(move || {
+                monitor.get_or_init(|| build.monitor_program());
+            });
+        }
     }
 }
 
