@@ -10,7 +10,7 @@ pub fn image(of: &kiln_testkit::image::Image) -> ImageBuilder {
     Image::builder(of.reference())
         .store(&store())
         .guest(guest)
-        .monitor_program(MonitorProgram::at(crate::program()))
+        .monitor_program(MonitorProgram::find().expect("the tests' monitor"))
         .memory_mib(256)
 }
 

@@ -39,6 +39,8 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
         ("KILN_TEST_GUEST", guest),
         ("KILN_TEST_SYSTEM_MAP", kernel::system_map()?),
         ("KILN_TEST_STORE", store.clone()),
+        ("KILN_MONITOR", release::monitor()?),
+        ("KILN_EXAMPLES", examples()?),
     ];
 
     let mut images =
@@ -52,6 +54,12 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     }
     let mut tests = process::cargo(["test", "--package", "kiln-tests", "--test", "system", "--"]);
     process::run(tests.args(["--test-threads", HOST_THREADS]).args(filters).envs(environment))
+}
+
+/// Builds the library's examples and returns their folder.
+fn examples() -> Result<PathBuf> {
+    process::run(&mut process::cargo(["build", "--quiet", "--package", "kiln", "--examples"]))?;
+    Ok(paths::target().join("debug/examples"))
 }
 
 /// Runs the same tests, and those that need hardware-style KVM, in the rig.

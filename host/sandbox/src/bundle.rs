@@ -79,7 +79,7 @@ impl BundleError {
     }
 }
 
-fn places(paths: &[PathBuf]) -> String {
+pub(crate) fn places(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 

@@ -20,6 +20,7 @@ mod program;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -84,6 +85,12 @@ pub enum MonitorError {
         #[source]
         source: io::Error,
     },
+    /// There is no program to make monitors of.
+    #[error("no {MONITOR_NAME} found (looked in {})", crate::bundle::places(looked_in))]
+    NoProgram {
+        /// Where it was looked for.
+        looked_in: Vec<PathBuf>,
+    },
     /// The control channel failed, or refused what was to be sent.
     #[error("cannot speak to the monitor")]
     Channel(#[from] ChannelError),
@@ -108,7 +115,7 @@ impl MonitorError {
             Self::Ended(end) => end.blame(),
             Self::Channel(_) => Blame::Kiln,
             Self::NotAdopted => Blame::Guest,
-            Self::Spawn { .. } | Self::Setup(_) | Self::Save(_) => Blame::Host,
+            Self::NoProgram { .. } | Self::Spawn { .. } | Self::Setup(_) | Self::Save(_) => Blame::Host,
         }
     }
 }

@@ -71,7 +71,8 @@ impl Folder {
 }
 
 impl Store {
-    /// Where the store is when nobody says: `/var/lib/kiln` for root, else `kiln` in the user's data folder.
+    /// Where the store is when nobody says: what the environment's `KILN_ROOT` names, `/var/lib/kiln` for root, else `kiln` in the user's data
+    /// folder.
     ///
     /// XDG Base Directory Specification 0.8: `$XDG_DATA_HOME`, or `$HOME/.local/share`; a relative path is ignored.
     ///
@@ -79,6 +80,9 @@ impl Store {
     /// [`StoreError::NoHome`] when the environment names no such folder.
     pub fn default_root() -> Result<PathBuf, StoreError> {
         let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        if let Some(root) = absolute("KILN_ROOT") {
+            return Ok(root);
+        }
         if rustix::process::geteuid().is_root() {
             return Ok(PathBuf::from("/var/lib/kiln"));
         }

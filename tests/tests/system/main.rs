@@ -10,6 +10,7 @@ mod cli;
 mod clones;
 mod config;
 mod disk;
+mod examples;
 mod exit;
 mod files;
 mod guide;

@@ -17,7 +17,7 @@ use crate::launch::{Launch, Overrides};
 use crate::monitor::{LineListener, MonitorProgram};
 use crate::snapshot::{self, Bake, HostFile, SnapshotError, Trigger};
 use crate::vm::boot::blocking;
-use crate::vm::{Vm, VmBuilder};
+use crate::vm::{Vm, VmBuilder, VmError};
 
 /// How long a command may take until it listens, unless told otherwise.
 const READY_LIMIT: Duration = Duration::from_mins(2);
@@ -41,7 +41,7 @@ pub struct ImageBuilder {
     name: Option<String>,
     pull: PullOptions,
     progress: Arc<dyn Progress>,
-    program: MonitorProgram,
+    program: Option<MonitorProgram>,
     guest: Option<GuestBundle>,
     warnings: Option<LineListener>,
     bakes: Option<BakeObserver>,
@@ -73,7 +73,7 @@ impl ImageBuilder {
             name: None,
             pull: PullOptions::default(),
             progress: Arc::new(()),
-            program: MonitorProgram::this(),
+            program: None,
             guest: None,
             warnings: None,
             bakes: None,
@@ -145,9 +145,9 @@ impl ImageBuilder {
         self
     }
 
-    /// The executable monitors are made from; [`MonitorProgram::this`] by default.
+    /// The executable monitors are made from; by default the one that [`MonitorProgram::find`] finds.
     pub fn monitor_program(mut self, program: MonitorProgram) -> Self {
-        self.program = program;
+        self.program = Some(program);
         self
     }
 
@@ -320,7 +320,7 @@ impl ImageBuilder {
             None => GuestBundle::find()?,
         };
         let mut builder = Vm::builder(guest, disk(pulled).await?)
-            .monitor_program(self.program.clone())
+            .monitor_program(self.program()?)
             .memory_mib(self.memory_mib)
             .vcpus(self.vcpus)
             .scratch(match (self.read_only, self.scratch_bytes) {
@@ -346,6 +346,13 @@ impl ImageBuilder {
             builder = builder.service(self.launch(&pulled.config, None)?, trigger, self.ready_limit);
         }
         Ok(builder)
+    }
+
+    fn program(&self) -> Result<MonitorProgram, ImageError> {
+        match &self.program {
+            Some(program) => Ok(program.clone()),
+            None => Ok(MonitorProgram::find().map_err(VmError::from)?),
+        }
     }
 
     /// A command in the image: `argv`, or what the image runs.
@@ -382,7 +389,8 @@ impl ImageBuilder {
         let VmBuilder { root, scratch, .. } = builder;
         let root_objects = Some(snapshot::root_of(&pulled));
         let (first, commands) = (Mutex::new(first), self.commands(&pulled.config)?);
-        let Self { program, warnings, hostname, .. } = self;
+        let program = self.program()?;
+        let Self { warnings, hostname, .. } = self;
         Ok(Image(Arc::new(Inner {
             program,
             warnings,

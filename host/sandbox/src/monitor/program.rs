@@ -11,9 +11,13 @@ use std::sync::Arc;
 use kiln_jail::Program;
 use kiln_support::digest::{Digest, Hasher};
 
-use super::MONITOR_NAME;
+use super::{MONITOR_NAME, MonitorError};
 use crate::BuiltIn;
+use crate::bundle::{GUEST_DIR_NAME, GUEST_DIR_VARIABLE};
 use crate::sealed::{Use, sealed};
+
+/// The environment variable that names a monitor.
+const MONITOR_VARIABLE: &str = "KILN_MONITOR";
 
 /// The executable that monitors are made from.
 ///
@@ -39,6 +43,29 @@ impl MonitorProgram {
     /// Another executable: what a program names that embeds this library, usually the installed `kiln`.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { source: Source::Path(path.into()) }
+    }
+
+    /// The monitor of a program that embeds this library: `kiln-monitor`, where the environment's `KILN_MONITOR` names it, in the folder that
+    /// [`KILN_GUEST_DIR`](crate::bundle::GUEST_DIR_VARIABLE) names, or in `kiln-guest/` beside the executable.
+    ///
+    /// # Errors
+    /// [`MonitorError::NoProgram`] with the places.
+    pub fn find() -> Result<Self, MonitorError> {
+        let named =
+            |variable| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+        if let Some(program) = named(MONITOR_VARIABLE) {
+            return Ok(Self::at(program));
+        }
+        let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(GUEST_DIR_NAME)));
+        let looked_in: Vec<PathBuf> = named(GUEST_DIR_VARIABLE)
+            .into_iter()
+            .chain(beside)
+            .map(|folder| folder.join(MONITOR_NAME))
+            .collect();
+        match looked_in.iter().find(|path| path.exists()) {
+            Some(program) => Ok(Self::at(program)),
+            None => Err(MonitorError::NoProgram { looked_in }),
+        }
     }
 
     /// A monitor that is part of a program, as `kiln` has one.

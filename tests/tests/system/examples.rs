@@ -1,0 +1,69 @@
+//! The library's examples, as its users run them.
+
+use std::process::Command;
+
+use kiln_tests::{Outcome, busybox, from_environment, store};
+
+fn example(name: &str, arguments: &[&str]) -> Outcome {
+    let mut command = Command::new(from_environment("KILN_EXAMPLES").join(name));
+    command.arg(busybox().reference()).args(arguments);
+    command.env("KILN_ROOT", store()).env("KILN_GUEST_DIR", from_environment("KILN_TEST_GUEST"));
+    Outcome::of(&mut command)
+}
+
+#[track_caller]
+fn says(name: &str, arguments: &[&str], lines: &[&str]) {
+    let outcome = example(name, arguments);
+    outcome.code(0);
+    for line in lines {
+        assert!(outcome.out().contains(line), "{name}: '{line}' in {outcome:?}");
+    }
+}
+
+#[test]
+fn exec_passes_output_and_code_on() {
+    let outcome = example("exec", &["sh", "-c", "echo out; exit 7"]);
+    outcome.code(7);
+    assert_eq!(outcome.out(), "out\n");
+}
+
+#[test]
+fn pool_keeps_snippets_apart() {
+    says(
+        "pool",
+        &[],
+        &[
+            "echo $((6 * 7)): ended with 0, said '42'",
+            "cat /tmp/secret: ended with 1, said ''",
+            "exit 3: ended with 3",
+            "yes: failed: the command wrote more than 65536 bytes to its stdout",
+        ],
+    );
+}
+
+#[test]
+fn listener_answers_over_the_hosts_port() {
+    says("listener", &[], &["127.0.0.1:", "leads to port 8080 of the guest", "hello from "]);
+}
+
+#[test]
+fn warm_up_leaves_what_it_did() {
+    says("warm_up", &[], &["/var/table: OK"]);
+}
+
+#[test]
+fn extra_files_go_in_and_results_come_out() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), "b\na\nc\n").expect("written");
+    says("extra_files", &[file.path().to_str().expect("text")], &["2 files: 3 lines"]);
+}
+
+#[test]
+fn volumes_are_writable_where_the_root_is_not() {
+    says("volumes", &[], &["cat /data/file: kept", "Read-only file system"]);
+}
+
+#[test]
+fn without_a_runtime_it_is_the_same() {
+    says("without_a_runtime", &[], &["HELLO FROM A THREAD", "ended with 0"]);
+}
