@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 /// A server that sends back what it hears, each connection for itself, on port 7.
 const ECHO: &str =
-    "nc -lk -p 7 -e cat & until grep -q ':0007 ' /proc/net/tcp /proc/net/tcp6; do usleep 1000; done";
+    "nc -ll -p 7 -e cat & until grep -q ':0007 ' /proc/net/tcp /proc/net/tcp6; do usleep 1000; done";
 const USR1: u32 = 10;
 
 async fn sh(vm: &Vm, script: &str) -> String {
