@@ -15,6 +15,8 @@ pub use message::*;
 
 /// The most bytes of one packet.
 pub const MAX_PACKET_BYTES: usize = 128 << 10;
+/// The most bytes of a guest's console that are kept, and that one packet carries.
+pub const MAX_CONSOLE_BYTES: usize = 64 << 10;
 /// The most descriptors beside one packet; the kernel's own limit is 253 (`SCM_MAX_FD`).
 pub const MAX_PACKET_FDS: usize = 240;
 /// The most descriptors of one [`Start`], those of [`Files`] before it among them: the layers of the longest image, two

@@ -7,7 +7,7 @@ use prost::{Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct Command {
     /// What to do. `None` is refused.
-    #[prost(oneof = "Do", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Do", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20")]
     pub call: Option<Do>,
 }
 
@@ -45,6 +45,21 @@ pub enum Do {
     /// Makes ahead what every machine of a shape has, for the [`Restore`] to come; once, first. Answered by [`Prepared`].
     #[prost(message, tag = "10")]
     Prepare(Prepare),
+    /// Says what the guest last wrote to its console. Answered by [`Console`], however the machine is.
+    #[prost(message, tag = "20")]
+    ShowConsole(ShowConsole),
+}
+
+/// Asks for the last of the console.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct ShowConsole {}
+
+/// What the guest last wrote to its console.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Console {
+    /// At most [`MAX_CONSOLE_BYTES`](crate::MAX_CONSOLE_BYTES), of which the first may be in the middle of a line.
+    #[prost(bytes = "vec", tag = "1")]
+    pub tail: Vec<u8>,
 }
 
 /// What every machine of a shape has: memory and vCPUs.
@@ -228,7 +243,7 @@ pub struct Stop {}
 #[derive(Clone, PartialEq, Message)]
 pub struct Event {
     /// What happened.
-    #[prost(oneof = "Happened", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "Happened", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 20")]
     pub happened: Option<Happened>,
 }
 
@@ -271,6 +286,9 @@ pub enum Happened {
     /// The machine of a snapshot waits to be resumed.
     #[prost(message, tag = "12")]
     Standing(Standing),
+    /// What the guest last wrote to its console.
+    #[prost(message, tag = "20")]
+    Console(Console),
 }
 
 /// What machines of a shape have is there.

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 /// How much of the console is kept.
-const RING_BYTES: usize = 64 << 10;
+const RING_BYTES: usize = kiln_control::MAX_CONSOLE_BYTES;
 /// The most bytes written to the reader at once; a pipe that is writable takes this much without blocking (`PIPE_BUF`).
 const CHUNK_BYTES: usize = 4096;
 /// How long the end of a machine waits for a reader to take what is left.

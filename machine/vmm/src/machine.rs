@@ -110,6 +110,11 @@ impl<H: Hypervisor> Machine<H> {
         self.shared.control.ended_fd()
     }
 
+    /// What the guest writes to its console.
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+
     /// Ends the machine at once, as pulling the plug would.
     pub fn stop(&self) {
         self.shared.control.end(EndReason::Stopped, "");

@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 /// A server that sends back what it hears, each connection for itself, on port 7.
 const ECHO: &str =
-    "nc -lk -p 7 -e cat & until grep -q ':0007 ' /proc/net/tcp /proc/net/tcp6; do usleep 1000; done";
+    "nc -ll -p 7 -e cat & until grep -q ':0007 ' /proc/net/tcp /proc/net/tcp6; do usleep 1000; done";
 const USR1: u32 = 10;
 
 async fn sh(vm: &Vm, script: &str) -> String {
@@ -93,6 +93,12 @@ fn a_guest_as_a_whole_is_signalled_and_measured() {
             "{stats:?}"
         );
         assert!(stats.host.cpu_time >= before.host.cpu_time, "{before:?} {stats:?}");
+        sh(&vm, "echo '<0>heard on the console' >/dev/kmsg").await;
+        let heard = |console: Vec<u8>| String::from_utf8_lossy(&console).contains("heard on the console");
+        assert!(heard(vm.console().await.expect("a console")));
+        vm.pause().await.expect("paused");
+        assert!(heard(vm.console().await.expect("a console")));
+        vm.resume().await.expect("resumed");
         vm.workload_signal(USR1).await.expect("sent");
         assert_eq!(command.wait().await.expect("its end").code(), Some(3));
         // A stream of one's own to a port on which nothing listens ends; the agent's is not to be had.

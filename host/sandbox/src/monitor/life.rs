@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kiln_control::{Entered, Happened, Saved, Standing};
+use kiln_control::{Entered, Happened, MAX_CONSOLE_BYTES, Saved, Standing};
 use tokio::sync::watch;
 
 use super::MachineEnd;
@@ -55,6 +55,8 @@ pub(super) struct Life {
     pub(super) prepared: bool,
     pub(super) stood: u64,
     pub(super) last_stood: Standing,
+    pub(super) consoles: u64,
+    pub(super) console: Vec<u8>,
     pub(super) end: Option<Arc<MachineEnd>>,
 }
 
@@ -103,6 +105,12 @@ impl Life {
             Happened::Standing(standing) => {
                 self.stood += 1;
                 self.last_stood = standing;
+            }
+            Happened::Console(console) => {
+                self.consoles += 1;
+                self.console = console.tail;
+                // Whatever a monitor says that its guest has taken over.
+                self.console.truncate(MAX_CONSOLE_BYTES);
             }
             Happened::Ended(_) | Happened::Failed(_) => {}
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kiln_control::{
     Do, Entered, Files, MAX_PACKET_FDS, Pause, Portion, Prepare, Restore, Resume, SaveMemory, SaveState,
-    Saved, Standing, Start,
+    Saved, ShowConsole, Standing, Start,
 };
 
 use super::life::{Life, reach};
@@ -235,6 +235,15 @@ impl Monitor {
     /// [`MonitorError::Save`] when it could not be written: the machine runs or stands still as before.
     pub async fn save_state(&self, state: SaveState, file: impl AsFd) -> Result<Duration, MonitorError> {
         self.save(Do::SaveState(state), file.as_fd()).await
+    }
+
+    /// What the guest last wrote to its console, 64 KiB at most.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] when the machine is gone: its end has the last of it.
+    pub async fn console(&self) -> Result<Vec<u8>, MonitorError> {
+        self.answered(Do::ShowConsole(ShowConsole {}), &[], |life| (life.consoles, life.console.clone()))
+            .await
     }
 
     /// Waits for the end of the machine, however it comes.

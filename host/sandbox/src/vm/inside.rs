@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::io::AsyncRead;
 use tokio::net::UnixStream;
 
-use super::{AskError, HostStats, Stats, Target, Vm, stats};
+use super::{AskError, HostStats, MonitorError, Stats, Target, Vm, stats};
 use crate::files::{self, Copied, CopyOptions, FileError, GuestFile};
 use crate::ports::{self, Behind, ExposeError, ExposedPort, GuestStream};
 
@@ -138,6 +138,14 @@ impl Vm {
     /// [`AskError`] when the guest does not say; [`host_stats`](Self::host_stats) does without it.
     pub async fn stats(&self) -> Result<Stats, AskError> {
         Ok(Stats { guest: stats::guest(self.target()).await?, host: self.host_stats() })
+    }
+
+    /// What the guest last wrote to its console, 64 KiB at most: what its kernel has to say. It can be had of a paused machine, too.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] when the machine is gone: its end has the last of it.
+    pub async fn console(&self) -> Result<Vec<u8>, MonitorError> {
+        self.machine.monitor.console().await
     }
 
     /// What the machine uses on the host. Asks neither guest nor monitor, so it can be had of a paused machine. Costs three small

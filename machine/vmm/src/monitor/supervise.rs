@@ -17,8 +17,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_control::{
-    Channel, ChannelError, Command, Connect, Do, EndReason, Ended, Entered, Happened, Parked, Pause,
-    Paused as PausedEvent, Portion, Restore, Resume, SaveState, Saved as SavedEvent, Standing,
+    Channel, ChannelError, Command, Connect, Console, Do, EndReason, Ended, Entered, Happened,
+    MAX_CONSOLE_BYTES, Parked, Pause, Paused as PausedEvent, Portion, Restore, Resume, SaveState,
+    Saved as SavedEvent, Standing,
 };
 use kiln_hypervisor::Kvm;
 use kiln_memory::Watch;
@@ -117,6 +118,12 @@ impl Supervisor<'_> {
             (Do::Resume(resume), State::Resting(paused)) => self.resume(paused, &resume, ordered)?,
             (Do::SaveMemory(order), state) => self.save_memory(state, order.portion(), files, ordered)?,
             (Do::SaveState(order), state) => self.save_state(state, &order, files, ordered)?,
+            (Do::ShowConsole(_), state) => {
+                let (State::Running(machine) | State::Resting(Paused { machine, .. })) = &state;
+                let tail = machine.console().tail(MAX_CONSOLE_BYTES);
+                send(self.channel, Happened::Console(Console { tail }))?;
+                state
+            }
             (Do::Files(_), state) => {
                 take_files(&mut self.files, files)?;
                 state
