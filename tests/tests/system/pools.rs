@@ -91,7 +91,7 @@ async fn a_machine_comes_back_as_new() {
         let left = "cat /left /tmp/left /dev/shm/left 2>/dev/null; ps -o args | grep -c '[s]leep 1234'; true";
         assert_eq!(output(&vm, left).await, "0", "round {round}");
         let leave =
-            "for f in /left /tmp/left /dev/shm/left; do echo left > $f; done; sleep 1234 >/dev/null 2>&1 &";
+            "for f in /left /tmp/left /dev/shm/left; do echo left > $f; done; sync; sleep 1234 >/dev/null 2>&1 &";
         output(&vm, leave).await;
         assert_eq!(pool.stats().leased, 1);
         vm.release();
