@@ -1,4 +1,4 @@
-//! How much memory a machine takes of the host: 1 to 64 made of one image, idle, and after each has written to 64 MiB.
+//! How much memory a machine takes of the host: 1 to 64 made of one image, idle, and after each has written to some.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,8 +12,10 @@ use crate::processes::{self, host, monitors};
 use crate::report::Report;
 
 const MEMORY_MIB: u32 = 256;
-const TOUCHED_MIB: &str = "64";
-/// How many machines write to so much memory at most where guest kernels are emulated: each takes a minute or more there.
+/// How much memory a machine writes to, in MiB.
+const TOUCHED_MIB: u32 = 64;
+/// The same where guest kernels are emulated and a page takes a millisecond, and how many machines at most.
+const TOUCHED_MIB_EMULATED: u32 = 8;
 const TOUCHED_MACHINES_MAX_EMULATED: usize = 1;
 const MIB: f64 = (1 << 20) as f64;
 
@@ -54,14 +56,18 @@ pub(crate) fn run(report: &mut Report, most: usize, firecracker: Option<&Path>) 
         }
         each(report, &format!("{} after `true`", vms.len()), &monitors()?)?;
         parts(report, "after `true`, written", &monitors()?)?;
-        let of = if kiln_vmm::is_pvm() { TOUCHED_MACHINES_MAX_EMULATED } else { vms.len() };
+        let (of, mib) = if kiln_vmm::is_pvm() {
+            (TOUCHED_MACHINES_MAX_EMULATED, TOUCHED_MIB_EMULATED)
+        } else {
+            (vms.len(), TOUCHED_MIB)
+        };
         for vm in vms.drain(of..) {
             vm.stop().await;
         }
         for vm in &vms {
-            succeed(vm, &["/probe", "touch", TOUCHED_MIB]).await?;
+            succeed(vm, &["/probe", "touch", &mib.to_string()]).await?;
         }
-        each(report, &format!("{of} after {TOUCHED_MIB} MiB written"), &monitors()?)?;
+        each(report, &format!("{of} after {mib} MiB written"), &monitors()?)?;
         for vm in vms {
             vm.stop().await;
         }

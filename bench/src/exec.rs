@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use kiln::Vm;
+use rustix::time::{ClockId, clock_gettime};
 use tokio::io::AsyncReadExt as _;
 
 use crate::machines::{Machines, succeed};
@@ -23,6 +24,8 @@ pub(crate) fn run(report: &mut Report, runs: usize) -> Result<()> {
     ));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
     runtime.block_on(async {
+        // Bakes.
+        machines.start().await?.stop().await;
         for _ in 0..runs {
             // Of each machine the first command, which reads its program from the disk, and one when all is there.
             let start = Instant::now();
@@ -85,21 +88,17 @@ impl Times {
         let [monitor] = monitors[..] else {
             anyhow::bail!("{} monitors where one should be", monitors.len())
         };
-        let mut times = Self { host: 0, transport: 0, guest: 0 };
-        for (process, is_host) in [("self".to_owned(), true), (monitor.to_string(), false)] {
-            for task in fs::read_dir(format!("/proc/{process}/task")).context("threads")? {
-                let task = task.context("a thread")?.path();
-                // Linux Documentation/scheduler/sched-stats.rst "/proc/<pid>/schedstat": the first is time on a processor.
-                let stat = fs::read_to_string(task.join("schedstat")).context("a thread's time")?;
-                let ran = stat.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
-                let name = fs::read_to_string(task.join("comm")).context("a thread's name")?;
-                let party = match (is_host, name.starts_with("vcpu")) {
-                    (true, _) => &mut times.host,
-                    (false, true) => &mut times.guest,
-                    (false, false) => &mut times.transport,
-                };
-                *party += ran.context("a thread's time")?;
-            }
+        let own = clock_gettime(ClockId::ProcessCPUTime);
+        let host = own.tv_sec as u64 * 1_000_000_000 + own.tv_nsec as u64;
+        let mut times = Self { host, transport: 0, guest: 0 };
+        for task in fs::read_dir(format!("/proc/{monitor}/task")).context("threads")? {
+            let task = task.context("a thread")?.path();
+            // Linux Documentation/scheduler/sched-stats.rst "/proc/<pid>/schedstat": the first is time on a processor.
+            let stat = fs::read_to_string(task.join("schedstat")).context("a thread's time")?;
+            let ran = stat.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
+            let name = fs::read_to_string(task.join("comm")).context("a thread's name")?;
+            let party = if name.starts_with("vcpu") { &mut times.guest } else { &mut times.transport };
+            *party += ran.context("a thread's time")?;
         }
         Ok(times)
     }

@@ -47,6 +47,7 @@ mod tests {
             let mut text = String::new();
             file.read_to_string(&mut text).expect("a file in memory reads");
             assert_eq!(text, "kernel");
+            file.rewind().expect("a file seeks");
             assert!(file.write_all(b"x").is_err());
             assert!(file.set_len(0).is_err());
             assert!(file.set_len(7).is_err());
