@@ -77,7 +77,7 @@ fn files_go_into_a_vm_and_come_out() {
     fs::write(at("site/index.html"), "hello\n").expect("written");
     let copy = |args: &[&str]| Outcome::of(vm.kiln(&["cp"]).args(args));
     copy(&[&at("site"), "copied:/srv"]).code(0).complains("copied 1 file, 1 directory, 6 B");
-    assert_eq!(vm.told("cat /srv/index.html /srv/site/index.html 2>/dev/null"), "hello");
+    assert_eq!(vm.told("cat /srv/index.html"), "hello");
     vm.script("mkdir /out; printf 'a\\0b' >/out/bytes; ln -s bytes /out/link; mkfifo /out/fifo").code(0);
     copy(&["copied:/out", &at("out")]).code(0).complains("left out 1 that are no files");
     assert_eq!(fs::read(at("out/bytes")).expect("copied"), b"a\0b");
@@ -100,6 +100,7 @@ fn files_go_into_a_vm_and_come_out() {
 #[test]
 fn what_vms_use_is_shown() {
     let vm = Vm::run(&store(), "measured", &[], "sleep 1000 & while true; do usleep 1000; done");
+    vm.script("until pidof sleep; do usleep 1000; done").code(0);
     let once = vm.does(&["stats", "--no-stream", "--json"]);
     let once: Value = serde_json::from_slice(&once.code(0).stdout).expect("a line of JSON");
     assert!(once["processes"].as_u64() >= Some(2), "{once}");
