@@ -5,6 +5,7 @@
 pub mod library;
 mod process;
 mod terminal;
+mod vm;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use kiln_testkit::image::Image;
 
 pub use process::{Outcome, Session, descendants, rss_bytes, wait_until_gone};
 pub use terminal::Terminal;
+pub use vm::Vm;
 
 /// The `kiln` under test: the one that `KILN` names.
 pub fn program() -> PathBuf {

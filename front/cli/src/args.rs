@@ -8,7 +8,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::quantity::{self, MemoryMib};
-use crate::vm::args::Vm;
+use crate::vm::args::{Verb, Vm};
+use crate::vm::port::Publish;
 
 /// Runs OCI images as hardware-isolated microVMs, as easily as processes.
 #[derive(Debug, Parser)]
@@ -27,10 +28,12 @@ const EXAMPLES: &str = "\
 Examples:
   kiln run debian:12 -- cat /etc/os-release   run one command in a fresh microVM
   kiln run -it alpine                         a shell with a terminal
+  kiln run -d --name web nginx                a VM that stays: kiln ps, logs, exec, stop, rm
   kiln doctor                                 can this machine run VMs, and how well
 
-Exit codes: `run` ends with the code of its command and uses 125 for its own failures; the others
-end with 0, 1 (the caller's mistake), 2 (usage), 3 (the host's or a registry's fault) or 4 (Kiln's).";
+Exit codes: `run` and `exec` end with the code of their command, `wait` with that of a VM, and use
+125 for failures of their own; the others end with 0, 1 (the caller's mistake), 2 (usage), 3 (the
+host's or a registry's fault) or 4 (Kiln's).";
 
 /// Options every command takes.
 #[derive(Debug, Args)]
@@ -58,6 +61,9 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Run a command in a fresh microVM made from an image
     Run(Box<Run>),
+    /// What is done with VMs that stay.
+    #[command(flatten)]
+    Verb(Verb),
     /// Fetch an image and make it ready to run
     Pull(Pull),
     /// List the images in the store
@@ -72,7 +78,7 @@ pub(crate) enum Command {
     /// Look at, check and remove saved guests
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Snapshot(Snapshot),
-    /// Machines that stay: start, pause, save, fork and stop them, and run commands in them
+    /// Machines that stay: create, start, save, restore and fork them; and all that is done with them otherwise
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Vm(Vm),
     /// Check what this host offers: each fact with its consequence and the fix
@@ -116,6 +122,18 @@ pub(crate) struct CommandFlags {
 #[derive(Debug, Args)]
 #[command(after_help = RUN_EXAMPLES, override_usage = "kiln run [OPTIONS] IMAGE [--] [COMMAND]...")]
 pub(crate) struct Run {
+    /// Leave the command running in a VM that stays, and print the VM's id
+    #[arg(short, long, conflicts_with = "json_events")]
+    pub(crate) detach: bool,
+    /// With -d: call the VM so; two words by default
+    #[arg(long, value_name = "NAME", requires = "detach", value_parser = quantity::vm_name)]
+    pub(crate) name: Option<String>,
+    /// With -d: publish a TCP port of the guest on this host, on 127.0.0.1 unless an address is given
+    #[arg(short, long, value_name = "[[ADDRESS:]HOST:]GUEST", requires = "detach")]
+    pub(crate) publish: Vec<Publish>,
+    /// With -d: remove the VM when its command has ended. Without, it always is
+    #[arg(long)]
+    pub(crate) rm: bool,
     /// What machine.
     #[command(flatten)]
     pub(crate) machine: MachineFlags,
@@ -128,7 +146,7 @@ pub(crate) struct Run {
     /// Replace the image's entrypoint (and drop its default command); empty for none
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) entrypoint: Option<OsString>,
-    /// Name the guest; a random one by default
+    /// Name the guest; by default a random one, with -d the VM's name
     #[arg(long, value_name = "NAME", value_parser = quantity::hostname)]
     pub(crate) hostname: Option<String>,
     /// Kill the command when it runs longer than this (30s, 5m, 1h30m); exit code 124
@@ -185,6 +203,10 @@ Examples:
   tar c src | kiln run -i gcc:14 sh -c 'tar x && make -C src'
   kiln run --memory 2g --cpus 4 --timeout 10m node:22 node bench.js
   kiln run oci-layout:./build:latest           an image from a local directory
+  kiln run -d --name web -p 8080:80 nginx      a VM that stays; then kiln logs -f web, kiln stop web
+
+With -d the VM ends with its command, and what that wrote and ended with is kept (kiln logs, kiln
+wait, kiln inspect). Its host name is its name. -i keeps its stdin open, -t gives it a terminal.
 
 Exit codes: the command's own; 124 its time was up, 125 Kiln or the host failed, 126 the command
 cannot be executed, 127 it does not exist, 128+n signal n ended it.

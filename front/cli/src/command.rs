@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use kiln::launch::Launch;
-use kiln::{Child, ExecBuilder, WindowSize};
+use kiln::{ExecBuilder, ExecError, WindowSize};
 
 use crate::args::CommandFlags;
 use crate::environment;
@@ -14,14 +14,6 @@ use crate::terminal::RawMode;
 
 const NOT_EXECUTABLE: u8 = 126;
 const NOT_FOUND: u8 = 127;
-
-/// What came of starting a command.
-pub(crate) enum Spawned {
-    /// It runs.
-    Child(Child),
-    /// It could not be started, which has its own kind of exit code, and has been reported.
-    Refused(u8),
-}
 
 impl CommandFlags {
     /// Refuses a terminal for a stdin that is none.
@@ -43,17 +35,14 @@ impl CommandFlags {
         (self.tty && self.interactive).then(RawMode::enter).transpose().map_err(Failure::host)
     }
 
-    /// Starts what `launch` says by `exec`, which has its words.
-    ///
-    /// # Errors
-    /// When it cannot be started for a reason that is not its own.
-    pub(crate) async fn spawn(
+    /// Describes what `launch` says, by `exec`, which has its words.
+    pub(crate) fn describe<'vm>(
         &self,
-        exec: ExecBuilder<'_>,
+        exec: ExecBuilder<'vm>,
         launch: &Launch,
         window: Option<WindowSize>,
         timeout: Option<Duration>,
-    ) -> Result<Spawned, Failure> {
+    ) -> ExecBuilder<'vm> {
         let mut exec = exec.env(launch.env.iter()).cwd(&launch.workdir).user(&launch.user);
         if let Some(size) = window {
             exec = exec.tty(size);
@@ -64,16 +53,15 @@ impl CommandFlags {
         if let Some(limit) = timeout {
             exec = exec.timeout(limit);
         }
-        let error = match exec.spawn().await {
-            Ok(child) => return Ok(Spawned::Child(child)),
-            Err(error) => error,
-        };
-        let code = match error.refusal() {
-            Some(kiln::Reason::NotFound) => NOT_FOUND,
-            Some(kiln::Reason::NotExecutable) => NOT_EXECUTABLE,
-            _ => return Err(error.into()),
-        };
-        eprint!("{}", Failure::from(error).report());
-        Ok(Spawned::Refused(code))
+        exec
+    }
+}
+
+/// The exit code of a command that could not be started for a reason of its own.
+pub(crate) fn refused(error: &ExecError) -> Option<u8> {
+    match error.refusal() {
+        Some(kiln::Reason::NotFound) => Some(NOT_FOUND),
+        Some(kiln::Reason::NotExecutable) => Some(NOT_EXECUTABLE),
+        _ => None,
     }
 }

@@ -8,8 +8,11 @@ use kiln::image::PullError;
 use kiln::store::StoreError;
 use kiln::{AskError, Blame, BundleError, ExecError, MachineEnd, VmError};
 
+use crate::command;
 use crate::terminal::printable;
 
+/// What `run` ends with when not the command but Kiln or its host failed.
+pub(crate) const FAILED: u8 = 125;
 /// How many of the guest's last console lines are shown.
 const CONSOLE_LINES: usize = 20;
 
@@ -22,12 +25,14 @@ pub(crate) struct Failure {
     console: Vec<String>,
     /// All of it in words already.
     report: Option<String>,
+    /// The exit code of a command that could not be started.
+    refused: Option<u8>,
 }
 
 impl Failure {
     /// A failure without a hint.
     pub(crate) fn new(blame: Blame, what: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { what: what.into(), blame, hint: None, console: Vec::new(), report: None }
+        Self { what: what.into(), blame, hint: None, console: Vec::new(), report: None, refused: None }
     }
 
     /// The caller's mistake.
@@ -41,13 +46,13 @@ impl Failure {
     }
 
     /// A failure that another process of this program has put into words; `code` is the exit code it has.
-    pub(crate) fn reported(report: String, code: u8) -> Self {
+    pub(crate) fn reported(report: String, code: u8, refused: Option<u8>) -> Self {
         let blame = match code {
             1 => Blame::Caller,
             3 => Blame::Host,
             _ => Blame::Kiln,
         };
-        Self { report: Some(report), ..Self::new(blame, "a process of this program failed") }
+        Self { report: Some(report), refused, ..Self::new(blame, "a process of this program failed") }
     }
 
     /// Adds what would help.
@@ -63,6 +68,16 @@ impl Failure {
             Blame::Host => 3,
             Blame::Guest | Blame::Kiln => 4,
         }
+    }
+
+    /// The exit code of a command, when what failed is that it could not be started.
+    pub(crate) fn refused(&self) -> Option<u8> {
+        self.refused
+    }
+
+    /// The exit code of what otherwise ends with that of a command.
+    pub(crate) fn command_exit_code(&self) -> u8 {
+        self.refused.unwrap_or(FAILED)
     }
 
     /// The text for stderr: `error:` with its causes, the guest's last words, `hint:`.
@@ -126,12 +141,16 @@ impl From<ExecError> for Failure {
             ExecError::Ask(AskError::Kept(error)) => error.hint(),
             _ => failure.hint,
         };
-        Self { what: error.into(), hint, ..failure }
+        Self { refused: command::refused(&error), what: error.into(), hint, ..failure }
     }
 }
 
 impl From<DetachedError> for Failure {
     fn from(error: DetachedError) -> Self {
+        let error = match error {
+            DetachedError::Main(error) => return Self::from(*error),
+            error => error,
+        };
         let hint = error.hint();
         Self { hint, ..Self::new(error.blame(), error) }
     }

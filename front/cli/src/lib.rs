@@ -20,6 +20,7 @@ mod streams;
 mod terminal;
 mod version;
 mod vm;
+mod when;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -34,6 +35,7 @@ pub use kiln::{BuiltIn, Digest};
 
 use args::{Cli, Command, Global, ImageCommand, SnapshotCommand};
 use failure::Failure;
+use vm::args::Verb;
 
 /// What a build of this program knows about itself.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +73,7 @@ pub fn main(build: Build) -> ExitCode {
     let runs_a_command = match &cli.command {
         Command::Run(_) => true,
         Command::Vm(args) => args.command.runs_a_command(),
+        Command::Verb(verb) => verb.runs_a_command(),
         _ => false,
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
@@ -85,10 +88,12 @@ pub fn main(build: Build) -> ExitCode {
 
 async fn dispatch(context: &Context, command: Command) -> Result<u8, Failure> {
     match command {
+        Command::Run(args) if args.detach => return vm::run(context, *args).await,
         Command::Run(args) => {
             context.prepare_monitor();
             return run::run(context, *args).await;
         }
+        Command::Verb(verb) => return vm::verb(context, verb).await,
         Command::Pull(args) => images::pull(context, args).await?,
         Command::Images(args) => images::list(context, args.json)?,
         Command::Rmi(args) => return images::remove(context, &args.images),
@@ -120,7 +125,7 @@ fn finish(outcome: Result<u8, Failure>, runs_a_command: bool) -> ExitCode {
         Ok(code) => code.into(),
         Err(failure) => {
             let _ = io::stderr().write_all(failure.report().as_bytes());
-            if runs_a_command { run::FAILED.into() } else { failure.exit_code().into() }
+            if runs_a_command { failure.command_exit_code().into() } else { failure.exit_code().into() }
         }
     }
 }
@@ -133,11 +138,10 @@ fn usage(error: &clap::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let mut words = std::env::args_os().skip(1).filter(|word| !word.as_encoded_bytes().starts_with(b"-"));
-    let runs_a_command = match words.next() {
-        Some(word) if word == "vm" => words.next().is_some_and(|word| word == "exec"),
-        word => word.is_some_and(|word| word == "run"),
-    };
-    if runs_a_command { run::FAILED.into() } else { 2.into() }
+    let word = words.find(|word| word != "vm");
+    let runs_a_command =
+        word.is_some_and(|word| word == "run" || Verb::RUN_A_COMMAND.iter().any(|verb| word == *verb));
+    if runs_a_command { failure::FAILED.into() } else { 2.into() }
 }
 
 /// What every command needs to know.

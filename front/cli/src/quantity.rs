@@ -95,6 +95,28 @@ pub(crate) fn vm_name(text: &str) -> Result<String, String> {
         .to_owned())
 }
 
+/// How many lines of something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lines {
+    /// All there are.
+    All,
+    /// The last of them.
+    Last(u64),
+}
+
+/// Reads a number of lines.
+pub(crate) fn lines(text: &str) -> Result<Lines, String> {
+    match text {
+        "all" => Ok(Lines::All),
+        _ => text.parse().map(Lines::Last).map_err(|_| "expected a number, or 'all'".to_owned()),
+    }
+}
+
+/// Reads a signal.
+pub(crate) fn signal(text: &str) -> Result<u8, String> {
+    kiln::signal::number(text).ok_or_else(|| "expected a signal such as TERM, SIGHUP or 10".to_owned())
+}
+
 /// Reads the name of a snapshot.
 pub(crate) fn snapshot_name(text: &str) -> Result<String, String> {
     if kiln::store::is_snapshot_name(text) {

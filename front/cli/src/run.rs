@@ -3,20 +3,19 @@
 use std::io;
 
 use futures_util::future::OptionFuture;
+use kiln::image::Image;
 use kiln::launch::{Launch, Overrides};
+use kiln::store::{SnapshotRecord, Store};
 use kiln::{Blame, Child, ExitStatus, Vm, VmBuilder, WindowSize, signal};
 use serde_json::{Map, Value, json};
 
 use crate::args::Run;
-use crate::command::Spawned;
 use crate::events::{EventLog, monotonic_ns};
 use crate::failure::Failure;
 use crate::signals::{Signals, Wish};
 use crate::terminal;
 use crate::{Context, images, machine, progress, streams};
 
-/// What `run` ends with when not the command but Kiln or its host failed.
-pub(crate) const FAILED: u8 = 125;
 const KILLED: u8 = 128 + 9;
 /// How often `-v` is given for the guest's console to be shown.
 const SHOW_CONSOLE: u8 = 2;
@@ -24,7 +23,7 @@ const SHOW_CONSOLE: u8 = 2;
 /// Runs a command in a fresh machine and returns the exit code for this process.
 ///
 /// # Errors
-/// What is to be reported with exit code [`FAILED`].
+/// What is to be reported.
 pub(crate) async fn run(context: &Context, args: Run) -> Result<u8, Failure> {
     let events = EventLog::open(args.json_events.as_deref(), context.global.verbose > 0)?;
     events.now("started");
@@ -32,13 +31,9 @@ pub(crate) async fn run(context: &Context, args: Run) -> Result<u8, Failure> {
     let mut signals = Signals::catch().map_err(Failure::host)?;
 
     let window = args.flags.tty.then(terminal::size);
-    let started = tokio::select! {
+    let (vm, child, launch) = tokio::select! {
         started = start(context, &args, window, &events) => started?,
         number = signals.fatal() => return Ok(128 + number),
-    };
-    let (vm, child, launch) = match started {
-        Started::Runs(running) => *running,
-        Started::Refused(code) => return Ok(code),
     };
     let raw = args.flags.raw_mode()?;
     let outcome = attend(child, &launch, &mut signals, &events).await;
@@ -47,38 +42,21 @@ pub(crate) async fn run(context: &Context, args: Run) -> Result<u8, Failure> {
     outcome
 }
 
-enum Started {
-    Runs(Box<(Vm, Child, Launch)>),
-    /// The command could not be started, which is its own kind of exit code.
-    Refused(u8),
-}
-
 async fn start(
     context: &Context,
     args: &Run,
     window: Option<WindowSize>,
     events: &EventLog,
-) -> Result<Started, Failure> {
+) -> Result<(Vm, Child, Launch), Failure> {
     let env = args.flags.environment()?;
     let store = images::store(context)?;
-    let (named, image) = if let Some((record, image)) = machine::named_snapshot(&store, &args.image)? {
-        (Some(record), image)
-    } else {
-        (None, images::obtain(context, &store, &args.image, &args.source, args.pull, false).await?)
-    };
+    let (named, image) = image(context, &store, args).await?;
     events.now("pulled");
 
     let hostname = match &args.hostname {
         Some(name) => name.clone(),
         None => random_name().map_err(Failure::host)?,
     };
-    if let Some(service) = named.as_ref().and_then(|record| record.service.as_ref())
-        && args.command.is_empty()
-        && args.entrypoint.is_none()
-    {
-        return Err(Failure::caller(format!("{} has its command running already: {service}", args.image))
-            .hint("name one to run beside it: kiln run snapshot:NAME -- COMMAND"));
-    }
     let launch = Launch::new(&image.config, overrides(args, env))?;
 
     let spinner = progress::spinner(context, format!("starting {}", args.image));
@@ -91,19 +69,45 @@ async fn start(
     }
     let vm = builder.start().await?;
     drop(spinner);
-    match args.flags.spawn(vm.exec(launch.argv.iter()), &launch, window, args.timeout).await? {
-        Spawned::Child(child) => {
+    match args.flags.describe(vm.exec(launch.argv.iter()), &launch, window, args.timeout).spawn().await {
+        Ok(child) => {
             events.now("exec_started");
-            Ok(Started::Runs(Box::new((vm, child, launch))))
+            Ok((vm, child, launch))
         }
-        Spawned::Refused(code) => {
+        Err(error) => {
             vm.stop().await;
-            Ok(Started::Refused(code))
+            Err(error.into())
         }
     }
 }
 
-fn overrides(args: &Run, env: Vec<std::ffi::OsString>) -> Overrides {
+/// The image that is to be run, and the snapshot whose it is when one is named.
+///
+/// # Errors
+/// When there is none, or the snapshot runs a command already and no other is given.
+pub(crate) async fn image(
+    context: &Context,
+    store: &Store,
+    args: &Run,
+) -> Result<(Option<SnapshotRecord>, Image), Failure> {
+    let Some((record, image)) = machine::named_snapshot(store, &args.image)? else {
+        return Ok((
+            None,
+            images::obtain(context, store, &args.image, &args.source, args.pull, false).await?,
+        ));
+    };
+    if let Some(service) = &record.service
+        && args.command.is_empty()
+        && args.entrypoint.is_none()
+    {
+        return Err(Failure::caller(format!("{} has its command running already: {service}", args.image))
+            .hint("name one to run beside it: kiln run snapshot:NAME -- COMMAND"));
+    }
+    Ok((Some(record), image))
+}
+
+/// What a command line wants otherwise than an image says.
+pub(crate) fn overrides(args: &Run, env: Vec<std::ffi::OsString>) -> Overrides {
     Overrides {
         entrypoint: args.entrypoint.clone(),
         args: args.command.clone(),

@@ -1,39 +1,80 @@
-//! `kiln vm`: machines that outlive the command that started them.
+//! Machines that outlive the command that started them: `kiln run -d`, `kiln ps` and so on, and `kiln vm`.
 
 pub(crate) mod args;
+mod copy;
 mod create;
+mod detach;
+mod events;
 mod exec;
 mod keep;
 mod list;
+mod logs;
+mod names;
+pub(crate) mod port;
 mod start;
+mod stats;
+mod top;
+
+use std::time::Duration;
 
 use kiln::detached::{DetachedError, Machines};
 use serde_json::json;
 
+use crate::args::Run;
 use crate::failure::Failure;
 use crate::terminal::note;
 use crate::{Context, print};
-use args::VmCommand;
+use args::{Names, Verb, VmCommand};
 
 /// Does what is asked for, and returns the exit code.
 ///
 /// # Errors
 /// What is to be reported.
 pub(crate) async fn vm(context: &Context, command: VmCommand) -> Result<u8, Failure> {
-    let machines = machines(context)?;
-    if let VmCommand::Keep { vm } = command {
-        return keep::keep(context, &machines, &vm).await.map(|()| 0);
-    }
-    tidy(context, &machines)?;
+    let machines = match command {
+        VmCommand::Keep { vm } => {
+            return keep::keep(context, &machines(context)?, &vm).await.map(|()| 0);
+        }
+        VmCommand::Verb(wanted) => return verb(context, wanted).await,
+        _ => tidied(context)?,
+    };
     match command {
         VmCommand::Create(args) => create::create(context, &machines, *args).await?,
-        VmCommand::Start { vms } => {
+        VmCommand::Start(Names { vms }) => {
             return each(&vms, async |vm| start::start(context, &machines, vm).await).await;
         }
-        VmCommand::Ls { all, json } => list::list(&machines, all, json)?,
-        VmCommand::Inspect { json, vm } => list::inspect(&machines, &vm, json)?,
-        VmCommand::Exec(args) => return exec::exec(&machines, *args).await,
-        VmCommand::Pause { vms } => {
+        VmCommand::Snapshot { name, json, vm } => snapshot(context, &machines, &vm, name, json).await?,
+        VmCommand::Restore { name, snapshot } => {
+            create::restore(context, &machines, name, &snapshot).await?;
+        }
+        VmCommand::Fork { name, vm } => create::fork(context, &machines, name, &vm).await?,
+        // Done above.
+        VmCommand::Verb(_) | VmCommand::Keep { .. } => {}
+    }
+    Ok(0)
+}
+
+/// Does what is asked for with VMs that are there, and returns the exit code.
+///
+/// # Errors
+/// What is to be reported.
+pub(crate) async fn verb(context: &Context, wanted: Verb) -> Result<u8, Failure> {
+    let machines = tidied(context)?;
+    match wanted {
+        Verb::Ps(args) => list::list(context, &machines, &args)?,
+        Verb::Exec(args) => return exec::exec(&machines, *args).await,
+        Verb::Logs(args) => logs::logs(context, &machines, &args).await?,
+        Verb::Wait(Names { vms }) => return wait(&machines, &vms).await,
+        Verb::Stop(args) => {
+            return each(&args.vms, async |vm| Ok(machines.reach(vm)?.power_off(args.time).await?)).await;
+        }
+        Verb::Restart(args) => {
+            return each(&args.vms, async |vm| restart(context, &machines, vm, args.time).await).await;
+        }
+        Verb::Kill(args) => {
+            return each(&args.vms, async |vm| Ok(machines.reach(vm)?.signal(args.signal).await?)).await;
+        }
+        Verb::Pause(Names { vms }) => {
             return each(&vms, async |vm| {
                 let took = machines.reach(vm)?.pause().await?;
                 if context.global.verbose > 0 {
@@ -43,24 +84,29 @@ pub(crate) async fn vm(context: &Context, command: VmCommand) -> Result<u8, Fail
             })
             .await;
         }
-        VmCommand::Resume { vms } => {
+        Verb::Resume(Names { vms }) => {
             return each(&vms, async |vm| Ok(machines.reach(vm)?.resume().await?)).await;
         }
-        VmCommand::Snapshot { name, json, vm } => snapshot(context, &machines, &vm, name, json).await?,
-        VmCommand::Restore { name, snapshot } => {
-            create::restore(context, &machines, name, &snapshot).await?;
+        Verb::Rm(args) => {
+            return each(&args.vms, async |vm| remove(&machines, vm, args.force).await).await;
         }
-        VmCommand::Fork { name, vm } => create::fork(context, &machines, name, &vm).await?,
-        VmCommand::Stop { time, vms } => {
-            return each(&vms, async |vm| Ok(machines.reach(vm)?.power_off(time).await?)).await;
-        }
-        VmCommand::Rm { force, vms } => {
-            return each(&vms, async |vm| remove(&machines, vm, force).await).await;
-        }
-        // Done above.
-        VmCommand::Keep { .. } => {}
+        Verb::Inspect(args) => list::inspect(&machines, &args.vm, args.json)?,
+        Verb::Cp(args) => copy::copy(context, &machines, args).await?,
+        Verb::Stats(args) => stats::stats(&machines, &args).await?,
+        Verb::Top => return top::top(&machines).await,
+        Verb::Expose(args) => port::expose(&machines, &args).await?,
+        Verb::Port(args) => port::list(&machines, &args)?,
+        Verb::Events(args) => events::events(&machines, &args).await?,
     }
     Ok(0)
+}
+
+/// `kiln run -d`.
+///
+/// # Errors
+/// What is to be reported.
+pub(crate) async fn run(context: &Context, args: Run) -> Result<u8, Failure> {
+    detach::run(context, &tidied(context)?, args).await
 }
 
 /// The machines beside the store the user chose.
@@ -69,14 +115,15 @@ fn machines(context: &Context) -> Result<Machines, Failure> {
     Ok(Machines::open(root.join("vms"))?)
 }
 
-/// Puts right what crashes have left, and says so.
-fn tidy(context: &Context, machines: &Machines) -> Result<(), Failure> {
+/// The same, once what crashes have left has been put right, which is said.
+fn tidied(context: &Context) -> Result<Machines, Failure> {
+    let machines = machines(context)?;
     for name in machines.reconcile()? {
         if !context.global.quiet {
             note(&format!("note: the VM {name} has ended: the process it belonged to died"));
         }
     }
-    Ok(())
+    Ok(machines)
 }
 
 /// Goes on to the next when one fails. Returns the exit code.
@@ -87,6 +134,17 @@ async fn each(names: &[String], act: impl AsyncFn(&str) -> Result<(), Failure>) 
             eprint!("{}", failure.report());
             code = failure.exit_code().max(code);
         }
+    }
+    Ok(code)
+}
+
+/// `kiln wait`: prints what each ended with, and returns the last that is not 0.
+async fn wait(machines: &Machines, names: &[String]) -> Result<u8, Failure> {
+    let mut code = 0;
+    for name in names {
+        let exit = machines.ended(name).await?;
+        print(&format!("{}\n", exit.code))?;
+        code = if exit.code == 0 { code } else { exit.code };
     }
     Ok(code)
 }
@@ -121,13 +179,32 @@ fn stood_still(vm: &str, standstill: kiln::Standstill) -> String {
 }
 
 async fn remove(machines: &Machines, vm: &str, force: bool) -> Result<(), Failure> {
+    let mut ended = None;
     if force {
         match machines.reach(vm) {
-            Ok(kept) => kept.end().await?,
+            Ok(kept) => {
+                kept.end().await?;
+                ended = Some(kept.name().to_owned());
+            }
             Err(DetachedError::NotRunning(_) | DetachedError::Damaged { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    let removed = machines.remove(vm)?;
+    let removed = match (machines.remove(vm), ended) {
+        // One that was to be removed when it ended.
+        (Err(DetachedError::Unknown(_)), Some(name)) => name,
+        (removed, _) => removed?,
+    };
     print(&format!("{removed}\n"))
+}
+
+/// `kiln restart` for one VM.
+async fn restart(context: &Context, machines: &Machines, vm: &str, time: Duration) -> Result<(), Failure> {
+    let name = machines.find(vm)?.name;
+    match machines.reach(&name) {
+        Ok(kept) => kept.power_off(time).await?,
+        Err(DetachedError::NotRunning(_)) => {}
+        Err(error) => return Err(error.into()),
+    }
+    start::start(context, machines, &name).await
 }

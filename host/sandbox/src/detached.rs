@@ -4,11 +4,13 @@
 //! a folder of its own:
 //!
 //! ```text
-//! vms/.lock          held while machines are made, removed or looked after: moments
-//! vms/NAME/vm.json   what it is and how it is: written whole or not at all
-//! vms/NAME/life      locked for as long as its keeper lives
-//! vms/NAME/socket    where the keeper answers
-//! vms/NAME/log       what the keeper had to say
+//! vms/.lock                held while machines are made, removed or looked after: moments
+//! vms/.events{,.old,.lock} what happened to all of them, a line each
+//! vms/NAME/vm.json         what it is and how it is: written whole or not at all
+//! vms/NAME/life            locked for as long as its keeper lives
+//! vms/NAME/socket          where the keeper answers
+//! vms/NAME/log             what the keeper had to say
+//! vms/NAME/output{,.old}   what its main command wrote
 //! ```
 //! ```text
 //! create ─▶ created ──keeper──▶ running ◀─▶ paused ─▶ ended ──keeper──▶ running ...
@@ -18,26 +20,36 @@
 //! machine. So nothing is left of a crash but a record that says otherwise, which [`Machines::reconcile`] puts right.
 
 mod client;
+mod events;
 mod folder;
 mod inside;
 mod keeper;
+mod log;
+mod publish;
 mod record;
+mod watch;
 mod wire;
+mod workload;
 
 pub use client::Kept;
+pub use events::{EVENT_FILE_BYTES_MAX, Event, EventReader, Happening};
 pub use folder::{Creation, Life, Machines};
-pub use keeper::keep;
-pub use record::{Defaults, Origin, ScratchKind, State, VmRecord, is_vm_name};
+pub use keeper::Keeping;
+pub use log::{LOG_FILE_BYTES_MAX, LogEntry, LogReader, LogStream};
+pub use publish::Published;
+pub use record::{Defaults, Exit, Origin, ScratchKind, State, VmRecord, is_vm_name};
+pub use watch::Watch;
+pub use workload::{MainCommand, Word};
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::time::ClockId;
 
-use crate::Blame;
 #[cfg(doc)]
 use crate::Vm;
 use crate::vm::boot::clock_ns;
+use crate::{Blame, ExecError, ExposeError};
 
 /// What can go wrong with detached machines.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +99,15 @@ pub enum DetachedError {
         /// Why not.
         why: String,
     },
+    /// Its main command could not be started.
+    #[error(transparent)]
+    Main(Box<ExecError>),
+    /// An address at which a port is to be published cannot be had.
+    #[error(transparent)]
+    Publish(#[from] ExposeError),
+    /// A signal for the main command of a machine that has none.
+    #[error("the VM {0} has no main command")]
+    NoMain(String),
     /// The keeper could not do it.
     #[error("{message}")]
     Refused {
@@ -104,6 +125,8 @@ impl DetachedError {
             Self::Io { .. } | Self::Damaged { .. } => Blame::Host,
             Self::Keeper { .. } => Blame::Kiln,
             Self::Refused { blame, .. } => *blame,
+            Self::Main(error) => error.blame(),
+            Self::Publish(error) => error.blame(),
             _ => Blame::Caller,
         }
     }
@@ -111,12 +134,14 @@ impl DetachedError {
     /// What would help, when something is known to.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::NameTaken(name) => format!("choose another, or remove it: kiln vm rm {name}"),
-            Self::Unknown(_) => "kiln vm ls -a shows what there is".to_owned(),
+            Self::NameTaken(name) => format!("choose another, or remove it: kiln rm {name}"),
+            Self::Unknown(_) => "kiln ps -a shows what there is".to_owned(),
             Self::NotRunning(name) => format!("start it: kiln vm start {name}"),
-            Self::Running(name) => format!("stop it first: kiln vm stop {name}"),
-            Self::Damaged { name, .. } => format!("remove it: kiln vm rm -f {name}"),
-            Self::Keeper { name, .. } => format!("kiln vm inspect {name} says how it is"),
+            Self::Running(name) => format!("stop it first: kiln stop {name}"),
+            Self::Damaged { name, .. } => format!("remove it: kiln rm -f {name}"),
+            Self::Publish(_) => "choose another port of this host, or 0 for one that is free".to_owned(),
+            Self::NoMain(name) => format!("end the VM: kiln stop {name}, or at once: kiln kill {name}"),
+            Self::Keeper { name, .. } => format!("kiln inspect {name} says how it is"),
             _ => return None,
         })
     }

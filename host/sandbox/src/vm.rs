@@ -3,7 +3,7 @@
 pub(crate) mod boot;
 mod builder;
 pub(crate) mod copying;
-mod exec;
+pub(crate) mod exec;
 mod inside;
 pub(crate) mod stats;
 mod target;

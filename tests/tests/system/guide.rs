@@ -75,6 +75,8 @@ fn the_examples_of_the_readme_work() {
     let debian = image::debian().expect("the image");
     let python = image::python().expect("the image");
     let busybox = image::busybox().expect("the image");
+    // What an earlier run of the test left.
+    Outcome::of(Command::new(program()).args(["rm", "--force", "hello"]).env("KILN_ROOT", store()));
     check("README.md", &[("debian:12", debian), ("python:3.12", python), ("busybox", busybox)]);
 }
 
@@ -88,7 +90,7 @@ fn the_examples_of_the_guide_work() {
 #[test]
 fn the_examples_of_the_guide_to_vms_work() {
     let mut names = Command::new(program());
-    names.args(["vm", "rm", "--force", "web", "web-2", "web-3"]).env("KILN_ROOT", store());
+    names.args(["vm", "rm", "--force", "job", "web", "web-2", "web-3"]).env("KILN_ROOT", store());
     // What an earlier run of the test left.
     Outcome::of(&mut names);
     check("docs/guide/vms.md", &[("demo", image::busybox().expect("the image"))]);

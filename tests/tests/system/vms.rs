@@ -2,12 +2,12 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use kiln_tests::{
-    Outcome, Session, busybox, descendants, kiln, program, store, wait_until_gone, without_memory_device,
+    Outcome, Session, Vm, busybox, kiln, program, store, wait_until_gone, without_memory_device,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -18,79 +18,16 @@ const GONE_LIMIT: Duration = Duration::from_mins(2);
 const COUNT: &str = "(i=0; while true; do i=$((i+1)); echo $i >/dev/shm/next; mv /dev/shm/next /dev/shm/count; \
                      usleep 1000; done) >/dev/null 2>&1 & while ! [ -e /dev/shm/count ]; do usleep 1000; done";
 
-/// A VM of a test's own; removed with the test.
-struct Vm {
-    root: PathBuf,
-    name: &'static str,
+/// What only these tests ask of a VM.
+trait Counts {
+    /// How far the command of [`COUNT`] is.
+    fn count(&self) -> u64;
 }
 
-impl Vm {
-    /// One in the store that the tests share, created and started.
-    fn start(name: &'static str) -> Self {
-        Self::start_in(&store(), name)
-    }
-
-    fn start_in(root: &Path, name: &'static str) -> Self {
-        let vm = Self::named(root, name);
-        vm.vm(&["create", "--name", name, &busybox().reference()]).code(0);
-        vm.vm(&["start", name]).code(0);
-        vm
-    }
-
-    /// One that the test makes otherwise.
-    fn named(root: &Path, name: &'static str) -> Self {
-        let vm = Self { root: root.to_owned(), name };
-        // What an earlier run of the test left.
-        vm.vm(&["rm", "--force", name]);
-        vm
-    }
-
-    /// Runs `kiln vm ARGS`.
-    fn vm(&self, args: &[&str]) -> Outcome {
-        Outcome::of(kiln(["--quiet", "vm"]).args(args).env("KILN_ROOT", &self.root))
-    }
-
-    /// Runs a shell script in it.
-    fn script(&self, script: &str) -> Outcome {
-        self.vm(&["exec", self.name, "--", "sh", "-c", script])
-    }
-
-    /// What a shell script prints that succeeds.
-    #[track_caller]
-    fn told(&self, script: &str) -> String {
-        let outcome = self.script(script);
-        outcome.code(0);
-        outcome.out().trim().to_owned()
-    }
-
+impl Counts for Vm {
     #[track_caller]
     fn count(&self) -> u64 {
         self.told("cat /dev/shm/count").parse().expect("a number")
-    }
-
-    #[track_caller]
-    fn inspect(&self) -> Value {
-        let outcome = self.vm(&["inspect", "--json", self.name]);
-        serde_json::from_slice(&outcome.code(0).stdout).expect("JSON")
-    }
-
-    #[track_caller]
-    fn keeper(&self) -> Pid {
-        let pid = self.inspect()["keeper_pid"].as_i64().expect("a process id");
-        Pid::from_raw(pid.try_into().expect("a process id")).expect("a process id")
-    }
-
-    /// The process that is the machine.
-    #[track_caller]
-    fn monitor(&self) -> Pid {
-        let [monitor] = descendants(self.keeper())[..] else { panic!("a keeper has one child") };
-        monitor
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        self.vm(&["rm", "--force", self.name]);
     }
 }
 
@@ -202,7 +139,7 @@ fn a_paused_vm_uses_no_processor_and_goes_on_where_it_stopped() {
     vm.vm(&["pause", "pausing"]).code(0);
     vm.script("true").code(125).complains("paused");
     vm.vm(&["snapshot", "pausing"]).code(1).complains("paused");
-    vm.vm(&["fork", "pausing"]).code(1).complains("hint: let it go on: kiln vm resume pausing");
+    vm.vm(&["fork", "pausing"]).code(1).complains("hint: let it go on: kiln resume pausing");
     assert_eq!(vm.inspect()["state"], "paused");
     for _ in 0..20 {
         vm.vm(&["ls", "--all"]).code(0);
@@ -369,10 +306,13 @@ fn a_crash_leaves_a_record_and_nothing_else() {
     let mut session = Session::start(exec.env("KILN_ROOT", root.path()));
     session.wait_for("ready");
     kill_process(vm.keeper(), Signal::KILL).expect("it lives");
-    session.finish().code(125).complains("hint: kiln vm inspect crash");
+    session.finish().code(125).complains("hint: kiln inspect crash");
     vm.vm(&["rm", "--force", "crash"]).code(0);
     let left: Vec<_> = fs::read_dir(root.path().join("vms")).expect("the folder").flatten().collect();
-    assert!(left.iter().all(|entry| entry.file_name() == ".lock"), "{left:?}");
+    let is_of_all = |entry: &fs::DirEntry| {
+        [".lock", ".events", ".events.lock"].iter().any(|name| entry.file_name() == *name)
+    };
+    assert!(left.iter().all(is_of_all), "{left:?}");
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 use kiln::detached::{Defaults, Machines, Origin, ScratchKind, State, VmRecord};
 use kiln::image::Image;
-use kiln::store::{SnapshotImage, SnapshotKind};
+use kiln::store::{SnapshotImage, SnapshotKind, SnapshotRecord, Store};
 
 use super::args::Create;
-use super::start;
+use super::{names, start};
 use crate::args::MachineFlags;
 use crate::failure::Failure;
 use crate::{Context, images, print, run, snapshots};
@@ -15,13 +15,28 @@ use crate::{Context, images, print, run, snapshots};
 /// # Errors
 /// When there is no such image, or the name is taken.
 pub(crate) async fn create(context: &Context, machines: &Machines, args: Create) -> Result<(), Failure> {
-    let Create { name, machine, source, pull, image } = args;
+    let Create { name, publish, machine, source, pull, image } = args;
     // A name that cannot be had is told before an image is fetched.
     if let Some(name) = &name {
         drop(machines.create(name)?);
     }
     let store = images::store(context)?;
     let image = images::obtain(context, &store, &image, &source, pull, false).await?;
+    let ports = publish.into_iter().map(Into::into).collect();
+    let record = VmRecord { ports, ..blank(machines, name, &image)? };
+    let record = put(machines, shaped(context, record, &machine)?)?;
+    print(&format!("{}\n", record.name))
+}
+
+/// The record with the machine that a command line asks for.
+///
+/// # Errors
+/// When it names a kernel that is none.
+pub(super) fn shaped(
+    context: &Context,
+    record: VmRecord,
+    machine: &MachineFlags,
+) -> Result<VmRecord, Failure> {
     let kernel = match &machine.kernel {
         Some(path) => {
             context.guest()?.with_kernel(path).map_err(Failure::caller)?;
@@ -30,9 +45,7 @@ pub(crate) async fn create(context: &Context, machines: &Machines, args: Create)
         None => None,
     };
     let (memory_mib, vcpus) = (machine.memory.0, machine.cpus);
-    let record = VmRecord { kernel, scratch: scratch(&machine), ..blank(name, &image)? };
-    let record = put(machines, VmRecord { memory_mib, vcpus, ..record })?;
-    print(&format!("{}\n", record.name))
+    Ok(VmRecord { kernel, scratch: scratch(machine), memory_mib, vcpus, ..record })
 }
 
 /// `kiln vm restore`.
@@ -55,18 +68,26 @@ pub(crate) async fn restore(
         }
     };
     let image = kiln::image::open(&store, &image.reference, &image.manifest)?;
-    let scratch = match saved.scratch {
-        Some(id) => ScratchKind::Disk { bytes: store.object(id)?.length() },
-        None => ScratchKind::Memory,
-    };
     let record = VmRecord {
         origin: Origin::Snapshot { key: saved.key },
         memory_mib: saved.memory_mib,
         vcpus: saved.vcpus,
-        scratch,
-        ..blank(name, &image)?
+        scratch: saved_scratch(&store, &saved)?,
+        ..blank(machines, name, &image)?
     };
-    put_and_start(context, machines, record).await
+    let record = put_and_start(context, machines, record).await?;
+    print(&format!("{}\n", record.name))
+}
+
+/// Where the changes of a machine go that is made from a snapshot.
+///
+/// # Errors
+/// When the snapshot's disk is missing.
+pub(super) fn saved_scratch(store: &Store, saved: &SnapshotRecord) -> Result<ScratchKind, Failure> {
+    Ok(match saved.scratch {
+        Some(id) => ScratchKind::Disk { bytes: store.object(id)?.length() },
+        None => ScratchKind::Memory,
+    })
 }
 
 /// `kiln vm fork`.
@@ -81,26 +102,39 @@ pub(crate) async fn fork(
 ) -> Result<(), Failure> {
     let source = machines.find(machines.reach(vm)?.name())?;
     if source.state == State::Paused {
-        return Err(Failure::caller(format!("the VM {vm} is paused"))
-            .hint(format!("let it go on: kiln vm resume {vm}")));
+        return Err(
+            Failure::caller(format!("the VM {vm} is paused")).hint(format!("let it go on: kiln resume {vm}"))
+        );
     }
-    let fresh = named(name)?;
+    let fresh = named(machines, name)?;
     let VmRecord { memory_mib, vcpus, scratch, kernel, volumes, defaults, .. } = source;
     let origin = Origin::Fork { of: source.name };
     let record = VmRecord::new(fresh.id, fresh.name, source.image, origin);
     let record = VmRecord { memory_mib, vcpus, scratch, kernel, volumes, defaults, ..record };
-    put_and_start(context, machines, record).await
+    let record = put_and_start(context, machines, record).await?;
+    print(&format!("{}\n", record.name))
 }
 
-/// One that cannot start is not there either.
-async fn put_and_start(context: &Context, machines: &Machines, record: VmRecord) -> Result<(), Failure> {
+/// Makes a VM known and starts it. One that cannot start is not there either.
+///
+/// # Errors
+/// When the name is taken, or the VM does not start.
+pub(super) async fn put_and_start(
+    context: &Context,
+    machines: &Machines,
+    record: VmRecord,
+) -> Result<VmRecord, Failure> {
     let record = put(machines, record)?;
-    if let Err(failure) = start::keeper(context, machines, &record).await {
+    let started = async {
+        start::bake(context, &record).await?;
+        start::keeper(context, machines, &record).await
+    };
+    if let Err(failure) = started.await {
         // The first failure is the one to report.
         let _ = machines.remove(&record.name);
         return Err(failure);
     }
-    print(&format!("{}\n", record.name))
+    Ok(record)
 }
 
 fn put(machines: &Machines, record: VmRecord) -> Result<VmRecord, Failure> {
@@ -114,14 +148,17 @@ struct Named {
     name: String,
 }
 
-fn named(name: Option<String>) -> Result<Named, Failure> {
+fn named(machines: &Machines, name: Option<String>) -> Result<Named, Failure> {
     let id = run::random_name().map_err(Failure::host)?;
-    Ok(Named { name: name.unwrap_or_else(|| id.clone()), id })
+    Ok(Named { name: name.map_or_else(|| names::fresh(machines), Ok)?, id })
 }
 
 /// The record of a VM of which only the image is known.
-fn blank(name: Option<String>, image: &Image) -> Result<VmRecord, Failure> {
-    let Named { id, name } = named(name)?;
+///
+/// # Errors
+/// When no name can be made up.
+pub(super) fn blank(machines: &Machines, name: Option<String>, image: &Image) -> Result<VmRecord, Failure> {
+    let Named { id, name } = named(machines, name)?;
     let config = &image.config;
     let defaults = Defaults {
         env: config.env.clone(),

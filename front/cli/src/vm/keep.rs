@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kiln::detached::{Life, Machines, Origin, ScratchKind, VmRecord};
+use kiln::detached::{Keeping, Machines, Origin, ScratchKind, VmRecord};
 use kiln::image::Image;
 use kiln::store::Store;
 use kiln::{Scratch, SnapshotError, Standstill, Vm, VmBuilder};
@@ -25,11 +25,11 @@ pub(crate) async fn keep(context: &Context, machines: &Machines, name: &str) -> 
     // A session of its own: no terminal's signals, and no end with whoever started it. One that leads its group already has
     // been started by hand.
     let _ = rustix::process::setsid();
-    let started = start(context, machines, name).await;
-    let (vm, life, store, forked) = match started {
+    let (keeping, forked) = match start(context, machines, name).await {
         Ok(started) => started,
         Err(failure) => {
-            say(&Word::Failed { report: failure.report(), code: failure.exit_code() });
+            let (code, refused) = (failure.exit_code(), failure.refused());
+            say(&Word::Failed { report: failure.report(), code, refused });
             return Err(failure);
         }
     };
@@ -37,14 +37,12 @@ pub(crate) async fn keep(context: &Context, machines: &Machines, name: &str) -> 
     let told_to_end = async move {
         let _ = terminate.recv().await;
     };
-    let ready = || {
-        let forked_ns = forked
-            .map(|standstill| (standstill.frozen.as_nanos() as u64, standstill.still.as_nanos() as u64));
-        say(&Word::Ready { forked_ns });
-        // Nothing holds this process to where it was started.
-        let _ = rustix::process::chdir("/");
-    };
-    Ok(kiln::detached::keep(vm, life, store, ready, told_to_end).await?)
+    let forked_ns =
+        forked.map(|standstill| (standstill.frozen.as_nanos() as u64, standstill.still.as_nanos() as u64));
+    say(&Word::Ready { forked_ns });
+    // Nothing holds this process to where it was started.
+    let _ = rustix::process::chdir("/");
+    Ok(keeping.serve(told_to_end).await?)
 }
 
 /// Says the one word, and lets go of who waits for it.
@@ -62,12 +60,13 @@ async fn start(
     context: &Context,
     machines: &Machines,
     name: &str,
-) -> Result<(Vm, Life, Store, Option<Standstill>), Failure> {
+) -> Result<(Keeping, Option<Standstill>), Failure> {
     let life = machines.keep(name)?;
     let store = images::store(context)?;
     let (builder, image) = builder(context, &store, life.record())?;
     let mut forked = None;
     let builder = match &life.record().origin {
+        Origin::Image if life.record().boots => builder,
         Origin::Image => builder.snapshots(&store, &image).on_bake(|step| {
             if let kiln::Bake::Impossible(why) = step {
                 terminal::warn(&format!("booting without a snapshot: {why}"));
@@ -83,7 +82,8 @@ async fn start(
             builder.from_copy(copy, &image)
         }
     };
-    Ok((builder.start().await?, life, store, forked))
+    let vm = builder.start().await?;
+    Ok((Keeping::begin(vm, life, store).await?, forked))
 }
 
 /// Describes the machine of a record, and its image; what it is made from is still to be said.
@@ -111,8 +111,10 @@ pub(super) fn builder(
         .monitor_program(context.monitor())
         .memory_mib(record.memory_mib)
         .vcpus(record.vcpus)
-        .hostname(&record.name)
+        .hostname(record.hostname.as_ref().unwrap_or(&record.name))
         .scratch(scratch)
+        .command_is_process_1(record.command_is_process_1)
+        .working_directory(record.main.as_ref().map_or("", |main| &main.working_directory))
         .volumes(record.volumes.clone())
         .on_warning(move |line| {
             if warnings.fetch_add(1, Ordering::Relaxed) < WARNINGS_MAX {

@@ -30,6 +30,8 @@ pub(super) enum Word {
         report: String,
         /// Whose fault: the exit code.
         code: u8,
+        /// The exit code of a command that could not be started.
+        refused: Option<u8>,
     },
 }
 
@@ -52,8 +54,11 @@ pub(crate) async fn start(context: &Context, machines: &Machines, name: &str) ->
 }
 
 /// Bakes what the VM is to be made from while its user can see it. Where that cannot be done, the keeper says so and boots.
-async fn bake(context: &Context, record: &VmRecord) -> Result<(), Failure> {
-    if record.origin != Origin::Image {
+///
+/// # Errors
+/// When the VM could not be described, or a machine not be made.
+pub(super) async fn bake(context: &Context, record: &VmRecord) -> Result<(), Failure> {
+    if record.origin != Origin::Image || record.boots {
         return Ok(());
     }
     let store = images::store(context)?;
@@ -93,7 +98,7 @@ pub(super) async fn keeper(context: &Context, machines: &Machines, record: &VmRe
             }
             Ok(())
         }
-        Ok(Word::Failed { report, code }) => Err(Failure::reported(report, code)),
+        Ok(Word::Failed { report, code, refused }) => Err(Failure::reported(report, code, refused)),
         Err(_) => {
             let status = child.wait().map_err(Failure::host)?;
             let log = machines.folder_of(&record.name).join("log");

@@ -17,6 +17,12 @@ fn help_teaches() {
     assert_snapshot!("help_vm_create", told(&["vm", "create", "--help"]));
     assert_snapshot!("help_vm_exec", told(&["vm", "exec", "--help"]));
     assert_snapshot!("help_vm_fork", told(&["vm", "fork", "--help"]));
+    for verb in [
+        "ps", "logs", "wait", "stop", "restart", "kill", "rm", "inspect", "cp", "stats", "top", "expose",
+        "port", "events",
+    ] {
+        assert_snapshot!(format!("help_{verb}"), told(&[verb, "--help"]));
+    }
     assert_snapshot!("help_doctor", told(&["doctor", "--help"]));
 }
 
@@ -38,6 +44,35 @@ fn wrong_words_are_named() {
     assert_snapshot!("memory_without_a_unit", told(&["run", "--memory", "512", "x"]));
     assert_snapshot!("too_many_cpus", told(&["run", "--cpus", "17", "x"]));
     assert_snapshot!("two_places_for_changes", told(&["run", "--read-only", "--scratch-in-memory", "x"]));
+}
+
+#[test]
+fn wrong_words_about_vms_are_named() {
+    assert_snapshot!("a_filter_that_is_none", told(&["ps", "--filter", "state=running"]));
+    assert_snapshot!("a_state_that_is_none", told(&["ps", "--filter", "status=dead"]));
+    assert_snapshot!("a_time_that_is_none", told(&["logs", "--since", "2026-13-01", "x"]));
+    assert_snapshot!("a_signal_that_is_none", told(&["kill", "-s", "NOT", "x"]));
+    assert_snapshot!("a_name_for_what_does_not_stay", told(&["run", "--name", "x", "y"]));
+    assert_snapshot!("a_terminal_for_nobody", told(&["exec", "-dt", "x", "sh"]));
+    assert_snapshot!("a_port_that_is_none", told(&["expose", "x", "80:http"]));
+    assert_snapshot!("a_port_of_what_does_not_stay", told(&["run", "-p", "8080:80", "x"]));
+    assert_snapshot!("a_screen_without_a_terminal", told(&["top"]));
+    assert_snapshot!("two_places_here", told(&["cp", "a", "b"]));
+    assert_snapshot!("unknown_vm_to_wait_for", told(&["wait", "nothing"]));
+}
+
+/// With and without `vm` before it a verb is the same.
+#[test]
+fn a_verb_needs_no_vm_before_it() {
+    for verb in [
+        "ps", "exec", "logs", "wait", "stop", "restart", "kill", "pause", "resume", "rm", "inspect", "cp",
+        "stats", "top", "expose", "port", "events",
+    ] {
+        let [one, other] = [&[verb, "--help"][..], &["vm", verb, "--help"]].map(told);
+        let options = |help: &str| help.split_once("Options:").map(|(_, rest)| rest.to_owned());
+        assert!(options(&one).is_some(), "{verb}");
+        assert_eq!(options(&one), options(&other), "{verb}");
+    }
 }
 
 #[test]

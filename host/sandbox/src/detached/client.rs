@@ -1,19 +1,27 @@
 //! A machine that another process keeps.
 
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::time::Duration;
 
 use kiln_protocol::Request as AgentRequest;
 use kiln_store::SnapshotRecord;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::net::UnixStream;
 
 use super::wire::{
-    self, Answered, Nothing, Outcome, PowerOff, Reply, Request, Saved, Snapshot, Used, Wanted,
+    self, Answered, Ended, Hold, Nothing, Outcome, Port, PowerOff, Reply, Request, Saved, Signal, Snapshot,
+    Used, Wanted,
 };
-use super::{DetachedError, Machines};
+use super::{DetachedError, Exit, Machines};
+use crate::vm::boot::blocking;
 use crate::{AskError, ExecBuilder, HostStats, MachineCopy, Standstill};
+
+/// How long a keeper whose connection broke may take to be gone.
+const DYING_LIMIT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// A machine that another process keeps. Nothing happens to it when this is dropped.
 #[derive(Clone, Debug)]
@@ -34,6 +42,43 @@ impl Machines {
         }
         Ok(Kept { machines: self.clone(), name: record.name })
     }
+
+    /// Waits until a machine does not run, and says what it ended with; 0 for one that never ran. Safe to cancel.
+    ///
+    /// # Errors
+    /// [`DetachedError::Keeper`] when its keeper refuses; otherwise as [`find`](Self::find).
+    pub async fn ended(&self, name: &str) -> Result<Exit, DetachedError> {
+        let kept = match self.reach(name) {
+            Ok(kept) => kept,
+            Err(DetachedError::NotRunning(name)) => return Ok(self.find(&name)?.exit.unwrap_or(Exit::NONE)),
+            Err(error) => return Err(error),
+        };
+        let error = match kept.ended().await {
+            Ok(exit) => return Ok(exit),
+            Err(error @ DetachedError::Keeper { .. }) => error,
+            Err(error) => return Err(error),
+        };
+        // It may have ended before it heard of us, or died; and what dies lets go of its files one by one.
+        if let Some(keeper) = self.find(&kept.name).ok().and_then(|record| record.keeper_pid) {
+            gone(keeper).await;
+        }
+        self.reconcile()?;
+        match self.find(&kept.name) {
+            Ok(record) if record.state.is_up() => Err(error),
+            Ok(record) => Ok(record.exit.unwrap_or(Exit::KILLED)),
+            // One that was to be removed, and died.
+            Err(DetachedError::Unknown(_)) => Ok(Exit::KILLED),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Waits until a process is gone, if it goes.
+async fn gone(pid: u32) {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let Some(process) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return };
+    // Whatever comes of it, the record is looked at next.
+    let _ = blocking(move || poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&DYING_LIMIT))).await;
 }
 
 impl Kept {
@@ -85,6 +130,64 @@ impl Kept {
     /// [`DetachedError`]
     pub async fn end(&self) -> Result<(), DetachedError> {
         self.done(Wanted::End(Nothing {})).await
+    }
+
+    /// Sends its main command a signal. SIGKILL ends the machine, and this returns when nothing of it is left.
+    ///
+    /// # Errors
+    /// [`DetachedError`]
+    pub async fn signal(&self, number: u8) -> Result<(), DetachedError> {
+        self.done(Wanted::Signal(Signal { number: number.into() })).await
+    }
+
+    /// Waits until nothing of the machine is left but its record, and says what it ended with. Safe to cancel.
+    ///
+    /// # Errors
+    /// [`DetachedError::Keeper`] also when its keeper dies.
+    pub async fn ended(&self) -> Result<Exit, DetachedError> {
+        match self.ask(Wanted::Wait(Nothing {})).await? {
+            (Outcome::Ended(Ended { code, signal }), _) => {
+                Ok(Exit { code: code as u8, signal: (signal != 0).then_some(signal as u8) })
+            }
+            _ => Err(self.odd()),
+        }
+    }
+
+    /// Has its keeper listen for a TCP port of the guest's, now and whenever the machine starts; returns where. Port 0 stands for
+    /// one that the host chooses each time.
+    ///
+    /// # Errors
+    /// [`DetachedError`]
+    pub async fn expose(&self, address: SocketAddr, guest: u16) -> Result<SocketAddr, DetachedError> {
+        let port = Port { address: address.to_string(), guest: guest.into() };
+        match self.ask(Wanted::Expose(port)).await? {
+            (Outcome::Exposed(port), _) => port.address.parse().map_err(|error| self.failed(&error)),
+            _ => Err(self.odd()),
+        }
+    }
+
+    /// Has its keeper listen no more for a port that was exposed: at this address, where it was to be or is. Connections go on.
+    ///
+    /// # Errors
+    /// [`DetachedError`]
+    pub async fn unexpose(&self, address: SocketAddr, guest: u16) -> Result<(), DetachedError> {
+        self.done(Wanted::Unexpose(Port { address: address.to_string(), guest: guest.into() })).await
+    }
+
+    /// Leaves the connection of a command to the keeper.
+    pub(crate) async fn hold(
+        &self,
+        stream: UnixStream,
+        pid: u32,
+        timeout_ms: u64,
+        command: String,
+    ) -> Result<(), DetachedError> {
+        let stream = stream.into_std().map_err(|error| self.failed(&error))?;
+        let wanted = Wanted::Hold(Hold { pid, timeout_ms, command });
+        match self.ask_with(wanted, &[stream.as_fd()]).await? {
+            (Outcome::Done(_), _) => Ok(()),
+            _ => Err(self.odd()),
+        }
     }
 
     /// As [`Vm::snapshot`](crate::Vm::snapshot), to the store of its keeper.
@@ -164,10 +267,18 @@ impl Kept {
 
     /// Sends one request and waits for its answer, for as long as that takes.
     async fn ask(&self, wanted: Wanted) -> Result<(Outcome, Vec<OwnedFd>), DetachedError> {
+        self.ask_with(wanted, &[]).await
+    }
+
+    async fn ask_with(
+        &self,
+        wanted: Wanted,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Outcome, Vec<OwnedFd>), DetachedError> {
         let channel =
             wire::reach(&self.machines.folder_of(&self.name)).map_err(|error| self.failed(&error))?;
         let request = Request { wanted: Some(wanted) };
-        channel.send(&request, &[]).await.map_err(|error| self.failed(&error))?;
+        channel.send(&request, files).await.map_err(|error| self.failed(&error))?;
         let (reply, files) = channel.receive::<Reply>().await.map_err(|error| self.failed(&error))?;
         match reply.outcome {
             Some(Outcome::Failed(failed)) => Err(DetachedError::Refused {

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use kiln_support::durable;
 use kiln_support::lock::Lock;
 
-use super::{DetachedError, VmRecord, is_vm_name, now_unix_ms};
+use super::log::{LogReader, LogWriter};
+use super::{DetachedError, Exit, Happening, VmRecord, Watch, is_vm_name, now_unix_ms};
 
 /// The most machines one folder has.
 const MACHINES_MAX: usize = 4096;
@@ -28,7 +29,7 @@ const LOG: &str = "log";
 /// The detached machines of a folder: its owner's alone, for whoever reaches a machine's socket owns the machine.
 #[derive(Clone, Debug)]
 pub struct Machines {
-    folder: PathBuf,
+    pub(super) folder: PathBuf,
 }
 
 /// A name that is about to be a machine's; the machine is there with [`Creation::put`].
@@ -138,20 +139,29 @@ impl Machines {
     /// [`DetachedError::Running`] when it has one; otherwise as [`find`](Self::find).
     pub fn remove(&self, name: &str) -> Result<String, DetachedError> {
         let _lock = self.lock()?;
-        let name = match self.find(name) {
-            Ok(record) => record.name,
-            Err(DetachedError::Damaged { name, .. }) => name,
+        let (name, record) = match self.find(name) {
+            Ok(record) => (record.name.clone(), Some(record)),
+            Err(DetachedError::Damaged { name, .. }) => (name, None),
             Err(error) => return Err(error),
         };
         let Some(_life) = self.try_life(&name)? else { return Err(DetachedError::Running(name)) };
-        // The record first: what is left without one is nothing.
-        let record = self.path(&name, RECORD);
-        fs::remove_file(&record).map_err(DetachedError::io("remove", &record))?;
-        self.clear(&name)?;
+        self.erase(&name)?;
+        if let Some(record) = record {
+            self.tell(&record, Happening::Destroy, &[]);
+        }
         Ok(name)
     }
 
-    /// Puts right what crashes have left: a machine whose keeper is gone has ended. Returns the names of those.
+    /// Removes all that is known of a machine, with the folder's lock and the right to keep it held.
+    fn erase(&self, name: &str) -> Result<(), DetachedError> {
+        // The record first: what is left without one is nothing.
+        let record = self.path(name, RECORD);
+        fs::remove_file(&record).map_err(DetachedError::io("remove", &record))?;
+        self.clear(name)
+    }
+
+    /// Puts right what crashes have left: a machine whose keeper is gone has ended, and is removed when it was to be. Returns
+    /// the names of those.
     ///
     /// # Errors
     /// [`DetachedError::Io`]
@@ -170,8 +180,15 @@ impl Machines {
                 }
             }
             for record in &mut suspects {
-                record.ended("its keeper died, and the machine with it".to_owned(), now_unix_ms());
+                let why = "its keeper died, and the machine with it";
+                record.ended(why.to_owned(), Exit::KILLED, now_unix_ms());
+                if record.remove_when_ended {
+                    self.erase(&record.name)?;
+                    self.tell_end(record);
+                    continue;
+                }
                 self.write(record)?;
+                self.tell_end(record);
                 let socket = self.path(&record.name, SOCKET);
                 fs::remove_file(&socket)
                     .or_else(ignore_missing)
@@ -179,6 +196,26 @@ impl Machines {
             }
         }
         Ok(suspects.into_iter().map(|record| record.name).collect())
+    }
+
+    /// Tells of an end, and of the removal that comes with it.
+    pub(super) fn tell_end(&self, record: &VmRecord) {
+        let code = record.exit.map_or(0, |exit| exit.code).to_string();
+        let why = record.end.as_deref().unwrap_or_default();
+        self.tell(record, Happening::Die, &[("exit_code", &code), ("why", why)]);
+        if record.remove_when_ended {
+            self.tell(record, Happening::Destroy, &[]);
+        }
+    }
+
+    /// What the main command of a machine wrote, and a watch that tells of more.
+    ///
+    /// # Errors
+    /// [`DetachedError::Io`]
+    pub fn log(&self, name: &str) -> Result<(LogReader, Watch), DetachedError> {
+        let folder = self.folder_of(name);
+        let watch = Watch::new(&folder)?;
+        Ok((LogReader::new(folder), watch))
     }
 
     /// The folder of a machine.
@@ -217,7 +254,7 @@ impl Machines {
         let mut text = Vec::new();
         match File::open(&path).and_then(|file| file.take(RECORD_BYTES_MAX).read_to_end(&mut text)) {
             Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if is_missing(&error) => return Ok(None),
             Err(error) => return Err(DetachedError::io("read", &path)(error)),
         }
         let damaged = |why: String| DetachedError::Damaged { name: name.to_owned(), why };
@@ -246,10 +283,11 @@ impl Machines {
     fn names(&self) -> Result<Vec<String>, DetachedError> {
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.folder).map_err(DetachedError::io("list", &self.folder))? {
-            let name = entry.map_err(DetachedError::io("list", &self.folder))?.file_name();
+            let entry = entry.map_err(DetachedError::io("list", &self.folder))?;
             // A stranger's file is none of our business.
-            if let Ok(name) = name.into_string()
+            if let Ok(name) = entry.file_name().into_string()
                 && is_vm_name(&name)
+                && entry.file_type().is_ok_and(|kind| kind.is_dir())
             {
                 names.push(name);
             }
@@ -305,6 +343,8 @@ impl Creation {
         if put.is_err() {
             // The first failure is the one to report; what is left without a record is nothing.
             let _ = machines.clear(&self.name);
+        } else {
+            machines.tell(record, Happening::Create, &[]);
         }
         put
     }
@@ -321,6 +361,28 @@ impl Life {
         self.machines.folder_of(&self.record.name)
     }
 
+    /// The log of the machine's main command, for this process to write.
+    pub(super) fn log_writer(&self) -> Result<LogWriter, DetachedError> {
+        let folder = self.folder();
+        LogWriter::open(&folder).map_err(DetachedError::io("write the log in", &folder))
+    }
+
+    /// Takes note of the machine's end, and removes it if it was to be. Who asks from here on finds no keeper, and nobody else
+    /// can keep it before this is dropped.
+    pub(super) fn bury(&mut self, how: String, exit: Exit) -> Result<(), DetachedError> {
+        self.record.ended(how, exit, now_unix_ms());
+        let machines = &self.machines;
+        let written = if self.record.remove_when_ended {
+            machines.lock().and_then(|_lock| machines.erase(&self.record.name))
+        } else {
+            machines.write(&self.record)
+        };
+        // What cannot be removed leads nowhere, and is replaced by the next keeper.
+        let _ = fs::remove_file(machines.path(&self.record.name, SOCKET));
+        machines.tell_end(&self.record);
+        written
+    }
+
     /// Takes note of something and writes it.
     pub(super) fn note(&mut self, change: impl FnOnce(&mut VmRecord, u64)) -> Result<(), DetachedError> {
         change(&mut self.record, now_unix_ms());
@@ -330,6 +392,11 @@ impl Life {
 
 fn ignore_missing(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
+/// There is no such file, perhaps because what should be its folder is none.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 #[cfg(test)]
@@ -407,6 +474,17 @@ mod tests {
         fs::remove_file(machines.path("web", RECORD)).expect("removed");
         machines.reconcile().expect("reconciled");
         assert!(!machines.folder_of("web").exists());
+    }
+
+    #[test]
+    fn a_strangers_file_is_left_alone() {
+        let (_root, machines) = machines();
+        fs::write(machines.folder.join("file"), "").expect("written");
+        create(&machines, "web").expect("created");
+        assert!(machines.reconcile().expect("reconciled").is_empty());
+        assert!(matches!(machines.find("file"), Err(DetachedError::Unknown(_))));
+        assert_eq!(machines.list().expect("listed").0.len(), 1);
+        assert!(machines.folder.join("file").exists());
     }
 
     #[test]

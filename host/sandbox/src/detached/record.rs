@@ -7,6 +7,9 @@ use kiln_support::digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use super::now_unix_ms;
+use super::publish::Published;
+use super::workload::MainCommand;
+use crate::ExitStatus;
 
 /// The most bytes of a machine's name: a host name has no room for more.
 const NAME_BYTES_MAX: usize = 63;
@@ -36,6 +39,24 @@ pub struct VmRecord {
     pub volumes: Vec<String>,
     /// What a command in it gets unless its caller says otherwise.
     pub defaults: Defaults,
+    /// The command it runs, and with which it ends; none for a machine that only takes commands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub main: Option<MainCommand>,
+    /// Ports of the guest that its keeper listens for.
+    #[serde(default)]
+    pub ports: Vec<Published>,
+    /// The guest's host name, where it is not the machine's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Its first command is process 1 of the guest, and not a reaper.
+    #[serde(default)]
+    pub command_is_process_1: bool,
+    /// Its guest is booted, and neither made from a template nor made one.
+    #[serde(default)]
+    pub boots: bool,
+    /// It is removed when it has ended.
+    #[serde(default)]
+    pub remove_when_ended: bool,
     /// When it was created, in milliseconds since 1970.
     pub created_unix_ms: u64,
     /// How it is. What a crash left behind is put right by [`Machines::reconcile`](super::Machines::reconcile).
@@ -49,6 +70,9 @@ pub struct VmRecord {
     /// How it last ended, in one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub end: Option<String>,
+    /// What it last ended with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<Exit>,
     /// Since when it is paused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused_unix_ms: Option<u64>,
@@ -107,6 +131,30 @@ pub struct Defaults {
     pub working_directory: String,
 }
 
+/// What a machine, or its main command, ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// The code a shell would report: the command's own, 128 + n for signal n, 124 when its time was up. A machine without a
+    /// main command has 0 when it powered off, and 137 otherwise.
+    pub code: u8,
+    /// The signal that ended the command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<u8>,
+}
+
+impl Exit {
+    /// Nothing ran.
+    pub const NONE: Self = Self { code: 0, signal: None };
+    /// It was ended from outside.
+    pub const KILLED: Self = Self { code: 128 + 9, signal: Some(9) };
+}
+
+impl From<ExitStatus> for Exit {
+    fn from(status: ExitStatus) -> Self {
+        Self { code: status.shell_code(), signal: status.signal() }
+    }
+}
+
 /// How a machine is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -152,11 +200,18 @@ impl VmRecord {
             kernel: None,
             volumes: Vec::new(),
             defaults: Defaults::default(),
+            main: None,
+            ports: Vec::new(),
+            hostname: None,
+            command_is_process_1: false,
+            boots: false,
+            remove_when_ended: false,
             created_unix_ms: now_unix_ms(),
             state: State::Created,
             started_unix_ms: None,
             ended_unix_ms: None,
             end: None,
+            exit: None,
             paused_unix_ms: None,
             paused_total_ms: 0,
             keeper_pid: None,
@@ -167,7 +222,8 @@ impl VmRecord {
     pub(super) fn started(&mut self, now_unix_ms: u64) {
         self.state = State::Running;
         self.started_unix_ms = Some(now_unix_ms);
-        (self.ended_unix_ms, self.end, self.paused_unix_ms, self.paused_total_ms) = (None, None, None, 0);
+        (self.ended_unix_ms, self.end, self.exit) = (None, None, None);
+        (self.paused_unix_ms, self.paused_total_ms) = (None, 0);
         self.keeper_pid = Some(std::process::id());
     }
 
@@ -183,11 +239,15 @@ impl VmRecord {
         }
     }
 
-    pub(super) fn ended(&mut self, how: String, now_unix_ms: u64) {
+    pub(super) fn ended(&mut self, how: String, exit: Exit, now_unix_ms: u64) {
         self.resumed(now_unix_ms);
         self.state = State::Ended;
         self.ended_unix_ms = Some(now_unix_ms);
         self.end = Some(how);
+        self.exit = Some(exit);
+        for port in &mut self.ports {
+            port.bound = None;
+        }
         self.keeper_pid = None;
     }
 }
@@ -220,10 +280,11 @@ pub(super) mod tests {
         record.resumed(125);
         assert_eq!((record.state, record.paused_total_ms), (State::Running, 10));
         record.paused(130);
-        record.ended("it was stopped".into(), 135);
+        record.ended("it was stopped".into(), Exit::KILLED, 135);
         assert_eq!((record.state, record.paused_total_ms), (State::Ended, 15));
         record.started(200);
-        assert_eq!((record.end, record.ended_unix_ms, record.paused_total_ms), (None, None, 0));
+        assert_eq!((record.end, record.exit), (None, None));
+        assert_eq!((record.ended_unix_ms, record.paused_total_ms), (None, 0));
     }
 
     #[test]

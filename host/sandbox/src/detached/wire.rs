@@ -27,7 +27,7 @@ const BACKLOG: i32 = 16;
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Request {
     /// `None` is refused.
-    #[prost(oneof = "Wanted", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "Wanted", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 21, 22, 23, 24")]
     pub(super) wanted: Option<Wanted>,
 }
 
@@ -61,6 +61,21 @@ pub(super) enum Wanted {
     /// Say what its process uses. Answered by `Used`.
     #[prost(message, tag = "9")]
     Use(Nothing),
+    /// Say when it has ended. Answered by `Ended`.
+    #[prost(message, tag = "20")]
+    Wait(Nothing),
+    /// Send its main command a signal; SIGKILL ends the machine. Answered by `Done`.
+    #[prost(message, tag = "21")]
+    Signal(Signal),
+    /// Carry the streams of a command whose connection comes beside this. Answered by `Done`.
+    #[prost(message, tag = "22")]
+    Hold(Hold),
+    /// Publish a port of the guest, at this start and the next ones. Answered by `Exposed`.
+    #[prost(message, tag = "23")]
+    Expose(Port),
+    /// Publish it no more. Answered by `Done`.
+    #[prost(message, tag = "24")]
+    Unexpose(Port),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
@@ -83,7 +98,7 @@ pub(super) struct Snapshot {
 /// What came of it.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Reply {
-    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "Outcome", tags = "1, 2, 3, 4, 5, 6, 20, 21")]
     pub(super) outcome: Option<Outcome>,
 }
 
@@ -102,6 +117,10 @@ pub(super) enum Outcome {
     Saved(Saved),
     #[prost(message, tag = "6")]
     Used(Used),
+    #[prost(message, tag = "20")]
+    Ended(Ended),
+    #[prost(message, tag = "21")]
+    Exposed(Port),
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -121,6 +140,45 @@ pub(super) enum Blame {
     Caller = 1,
     Guest = 2,
     Host = 3,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(super) struct Signal {
+    #[prost(uint32, tag = "1")]
+    pub(super) number: u32,
+}
+
+/// A port of a guest's at an address of the host's.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Port {
+    /// Where it is to be reached, or is: a socket address in words.
+    #[prost(string, tag = "1")]
+    pub(super) address: String,
+    #[prost(uint32, tag = "2")]
+    pub(super) guest: u32,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Hold {
+    /// The command's process id.
+    #[prost(uint32, tag = "1")]
+    pub(super) pid: u32,
+    /// When it is killed, in milliseconds; 0 is never.
+    #[prost(uint64, tag = "2")]
+    pub(super) timeout_ms: u64,
+    /// The command, for who wants to know.
+    #[prost(string, tag = "3")]
+    pub(super) command: String,
+}
+
+/// What it ended with: [`super::Exit`].
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(super) struct Ended {
+    #[prost(uint32, tag = "1")]
+    pub(super) code: u32,
+    /// 0 for none.
+    #[prost(uint32, tag = "2")]
+    pub(super) signal: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Message)]

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kiln_protocol::{Argv, Call, Exec, MAX_STAGED_FILES, Reason, StagedFile, WindowSize};
+use kiln_protocol::{Argv, Call, Exec, MAX_STAGED_FILES, Outcome, Reason, StagedFile, WindowSize};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::target::{AskError, Target};
@@ -23,6 +23,8 @@ const OUTPUT_LIMIT_BYTES: usize = 16 << 20;
 /// What a request carries of staged files: a packet to a keeper has room for twice that. What is more is written before, each
 /// file over a connection of its own.
 const STAGED_INLINE_BYTES: usize = 64 << 10;
+/// One read's worth of what nobody wants.
+const DRAIN_BYTES: usize = 16 << 10;
 
 /// A command to run in a machine. Made by [`Vm::exec`](super::Vm::exec) and [`Kept::exec`].
 #[derive(Debug)]
@@ -193,6 +195,14 @@ impl<'vm> ExecBuilder<'vm> {
     /// [`ExecError::Ask`] with the reason when it could not be started; [`ExecError::Stage`] when a file could not be written
     /// for it.
     pub async fn spawn(mut self) -> Result<Child, ExecError> {
+        self.stage().await?;
+        let streams = Streams::of(&self.exec);
+        let (outcome, stream) = self.machine.ask(Call::Exec(self.exec)).await?;
+        Ok(Child::carried(stream, streams, &outcome)?.in_machine(self.machine.end_watch()))
+    }
+
+    /// Puts staged files into the request, and those for which it has no room into the guest.
+    async fn stage(&mut self) -> Result<(), ExecError> {
         let mut room = STAGED_INLINE_BYTES;
         for file in std::mem::take(&mut self.staged) {
             match room.checked_sub(file.contents.len() + file.path.len()) {
@@ -206,9 +216,28 @@ impl<'vm> ExecBuilder<'vm> {
                 }
             }
         }
-        let streams = Streams::of(&self.exec);
+        Ok(())
+    }
+
+    /// Starts the command and leaves it to itself: nobody reads what it writes. It runs on when this process ends, if the
+    /// machine does. Returns its process id.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub async fn spawn_in_background(mut self) -> Result<u32, ExecError> {
+        self.stage().await?;
+        let (streams, timeout_ms) = (Streams::of(&self.exec), self.exec.timeout_ms);
+        let words = self.exec.argv.iter().map(|word| String::from_utf8_lossy(word).into_owned());
+        let command = words.collect::<Vec<_>>().join(" ");
         let (outcome, stream) = self.machine.ask(Call::Exec(self.exec)).await?;
-        Ok(Child::carried(stream, streams, &outcome)?.in_machine(self.machine.end_watch()))
+        if let (Target::Kept(machine), Outcome::Started(started)) = (self.machine, &outcome) {
+            machine.hold(stream, started.pid, timeout_ms, command).await.map_err(AskError::from)?;
+            return Ok(started.pid);
+        }
+        let child = Child::carried(stream, streams, &outcome)?;
+        let pid = child.pid();
+        tokio::spawn(drained(child));
+        Ok(pid)
     }
 
     /// Runs the command to its end and returns what it wrote.
@@ -225,6 +254,18 @@ impl<'vm> ExecBuilder<'vm> {
         let status = child.wait().await?;
         Ok(Output { status, stdout, stderr })
     }
+}
+
+/// Waits for a command's end, and lets go of what it writes.
+pub(crate) async fn drained(mut child: Child) -> Option<ExitStatus> {
+    async fn drain(from: Option<impl AsyncRead + Unpin>) {
+        let mut buffer = vec![0; DRAIN_BYTES];
+        let Some(mut from) = from else { return };
+        while let Ok(1..) = from.read(&mut buffer).await {}
+    }
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let (status, (), ()) = tokio::join!(child.wait(), drain(stdout), drain(stderr));
+    status.ok()
 }
 
 async fn read_to_limit(
