@@ -46,8 +46,8 @@ async fn pooled(report: &mut Report, runs: usize, image: &Image, theirs: Option<
     let from_nothing = image.pool().min(0).max(1).shells(0).idle_timeout(None).build();
     for _ in 0..runs {
         // Nothing else is under way while the clock runs.
-        until(&waiting, |stats| stats.idle == 1).await;
-        until(&in_shell, |stats| stats.shells == 1).await;
+        until(&waiting, |stats| stats.idle == 1).await?;
+        until(&in_shell, |stats| stats.shells == 1).await?;
         let (start, start_ns) = (Instant::now(), kiln_vmm::monotonic().0);
         let vm = waiting.acquire().await?;
         let (ready, end_ns) = (microseconds(start), kiln_vmm::monotonic().0);
@@ -64,7 +64,7 @@ async fn pooled(report: &mut Report, runs: usize, image: &Image, theirs: Option<
         report.add("ready: acquire from those that wait -> the agent's acknowledgement", "us", ready);
         drop(vm);
         let start = Instant::now();
-        until(&waiting, |stats| stats.idle == 1).await;
+        until(&waiting, |stats| stats.idle == 1).await?;
         report.add("recycle: released -> the next waits, nothing written", "us", microseconds(start));
 
         let start = Instant::now();
@@ -153,12 +153,10 @@ fn in_this_process(report: &mut Report, runs: usize) -> Result<()> {
     Ok(())
 }
 
-/// Waits until a pool is as it is to be: without leaving the processor for longer than another task takes.
-async fn until(pool: &Pool, is_so: impl Fn(&PoolStats) -> bool) {
-    let limit = Instant::now() + Duration::from_mins(1);
-    while !is_so(&pool.stats()) && Instant::now() < limit {
-        tokio::task::yield_now().await;
-    }
+/// Waits until a pool is as it is to be.
+async fn until(pool: &Pool, is_so: impl Fn(&PoolStats) -> bool) -> Result<()> {
+    let waited = tokio::time::timeout(Duration::from_mins(1), pool.until(is_so)).await;
+    waited.map(drop).with_context(|| format!("the pool does not get there: {:?}", pool.stats()))
 }
 
 fn microseconds(since: Instant) -> f64 {

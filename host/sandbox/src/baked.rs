@@ -26,6 +26,8 @@ use crate::vm::{Times, Vm, VmError};
 
 /// An image whose machines need not boot: fetched, converted, and saved as a guest that is ready for commands. Clones are the same image.
 ///
+/// One that was built holds a machine that waits, by which it is known that the snapshot can be used, for the first who wants one.
+///
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 /// let image = kiln::Image::builder("python:3.12").memory_mib(512).build().await?;
@@ -85,6 +87,11 @@ impl Image {
     /// # Errors
     /// [`VmError`], by what went wrong.
     pub async fn start(&self) -> Result<Vm, VmError> {
+        if let Some(first) = self.first()
+            && let Ok(times) = self.claim(&first).await
+        {
+            return Ok(self.machine(first, times));
+        }
         self.make(None).await
     }
 
@@ -116,11 +123,8 @@ impl Image {
         Ok(monitor)
     }
 
-    /// A machine: the one that is left of making the image, or one made in `shell` if there is one.
+    /// A machine, in `shell` if there is one.
     pub(crate) async fn make(&self, shell: Option<Monitor>) -> Result<Vm, VmError> {
-        if let Some(first) = self.first() {
-            return self.claim(first).await;
-        }
         let monitor = shell.map_or_else(|| self.spawn_monitor(), Ok)?;
         let scratch = snapshot::scratch(&self.0.scratch, &self.0.snapshot).await?;
         let disks = [&self.0.root, &scratch];
@@ -131,9 +135,6 @@ impl Image {
 
     /// A machine whose guest waits.
     pub(crate) async fn stand(&self) -> Result<Member, VmError> {
-        if let Some(first) = self.first() {
-            return Ok(first);
-        }
         self.stand_in(self.spawn_monitor()?).await
     }
 
@@ -143,9 +144,10 @@ impl Image {
         self.stand_in(monitor).await
     }
 
-    fn first(&self) -> Option<Member> {
+    /// The machine that is left of making the image, if nobody has taken it.
+    pub(crate) fn first(&self) -> Option<Member> {
         let first = self.0.first.lock().unwrap_or_else(PoisonError::into_inner).take();
-        first.filter(|first| first.monitor.has_ended().is_none())
+        first.filter(|first| !first.monitor.has_ended())
     }
 
     async fn stand_in(&self, monitor: Monitor) -> Result<Member, VmError> {
@@ -155,27 +157,24 @@ impl Image {
     }
 
     /// Lets a guest that waits go on as a machine of its own.
-    pub(crate) async fn claim(&self, member: Member) -> Result<Vm, VmError> {
-        let times = snapshot::claim(&member.monitor, &self.hostname()?).await?;
-        Ok(self.machine(member, Times::Restore(times)))
+    pub(crate) async fn claim(&self, member: &Member) -> Result<Times, VmError> {
+        Ok(Times::Restore(snapshot::claim(&member.monitor, &self.hostname()?).await?))
     }
 
     /// Has a machine stand still as its last owner left it.
-    pub(crate) async fn rest(&self, member: Member, is_paused: bool) -> Result<Member, VmError> {
-        if !is_paused {
-            member.monitor.pause().await?;
-        }
+    pub(crate) async fn rest(&self, member: Member) -> Result<Member, VmError> {
+        member.monitor.pause().await?;
         Ok(member)
     }
 
     /// Lets such a machine go on.
-    pub(crate) async fn reuse(&self, member: Member) -> Result<Vm, VmError> {
+    pub(crate) async fn reuse(&self, member: &Member) -> Result<Times, VmError> {
         member.monitor.resume(None).await?;
-        let times = member.monitor.entered().await?;
-        Ok(self.machine(member, Times::Restore(times)))
+        Ok(Times::Restore(member.monitor.entered().await?))
     }
 
-    fn machine(&self, Member { monitor, scratch }: Member, times: Times) -> Vm {
+    /// The handle of a machine that is somebody's.
+    pub(crate) fn machine(&self, Member { monitor, scratch }: Member, times: Times) -> Vm {
         let inner = &self.0;
         let image = SnapshotImage { reference: inner.pulled.name.clone(), manifest: inner.pulled.digest };
         let guest = Guest::Restored(Box::new(inner.snapshot.record.clone()));

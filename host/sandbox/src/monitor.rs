@@ -36,9 +36,9 @@ use tokio::task::JoinHandle;
 use channel::AsyncChannel;
 pub use end::MachineEnd;
 pub use kiln_control::{Entered, Restore, SaveState, Start};
-pub(crate) use life::EndWatch;
 use life::Life;
 pub use life::{BootTimes, RestoreTimes};
+pub(crate) use life::{DeathWatch, EndWatch};
 pub use probe::{Missing, Obstacle, Probe, probe};
 use process::Process;
 pub use program::MonitorProgram;
@@ -71,6 +71,8 @@ pub struct Monitor {
     /// How often the guest is to have become another before it takes requests.
     adoptions_due: AtomicU64,
     process_id: u32,
+    /// Counts those whose machine this was.
+    owner: watch::Sender<u64>,
 }
 
 /// Why a monitor could not be started or spoken to.
@@ -163,6 +165,7 @@ impl Monitor {
             requests: Arc::default(),
             adoptions_due: AtomicU64::new(0),
             process_id,
+            owner: watch::Sender::new(0),
         })
     }
 

@@ -28,7 +28,7 @@ use crate::monitor::Monitor;
 use crate::vm::{Machine, Vm, VmError};
 use admission::Admission;
 use builder::Options;
-pub use builder::PoolBuilder;
+pub use builder::{OnRelease, PoolBuilder};
 pub use error::PoolError;
 use seats::{Counts, Role, Seat};
 
@@ -36,6 +36,8 @@ use seats::{Counts, Role, Seat};
 const MAKING_MAX: usize = 4;
 /// How many machines that died in wait an acquisition passes over.
 const DEAD_MAX: usize = 8;
+/// The most who wait in line.
+const WAITING_MAX: usize = 10_000;
 
 /// Machines of one image, ready to be acquired. Clones are the same pool; with the last of them its waiting machines end, while
 /// those that are leased live on with their owners.
@@ -59,8 +61,8 @@ pub(crate) struct Inner {
     state: Mutex<State>,
     /// Told when there is something to tend to, or the pool is closed.
     changed: Notify,
-    /// Told when a machine has left.
-    left: Notify,
+    /// Told when any figure of the pool's has changed.
+    moved: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -137,6 +139,13 @@ pub struct PoolStats {
     pub failed: u64,
 }
 
+impl PoolStats {
+    /// All machines, whatever they do.
+    pub fn total(&self) -> usize {
+        self.idle + self.leased + self.making + self.recycling
+    }
+}
+
 impl Drop for Owner {
     fn drop(&mut self) {
         drop(self.inner.close());
@@ -152,28 +161,26 @@ impl Pool {
     /// # Errors
     /// [`PoolError`]
     pub async fn acquire(&self) -> Result<Vm, PoolError> {
+        self.owner.inner.acquire().await
+    }
+
+    /// Waits until the pool's figures are as `is_so` wants them, and returns them.
+    pub async fn until(&self, is_so: impl Fn(&PoolStats) -> bool) -> PoolStats {
         let inner = &self.owner.inner;
-        let limit = inner.options.acquire_timeout;
-        let exhausted = || PoolError::Exhausted { after: limit, max: inner.options.max };
-        tokio::time::timeout(limit, inner.acquire()).await.unwrap_or_else(|_| Err(exhausted()))
+        loop {
+            let mut moved = std::pin::pin!(inner.moved.notified());
+            moved.as_mut().enable();
+            let stats = inner.stats();
+            if is_so(&stats) {
+                return stats;
+            }
+            moved.await;
+        }
     }
 
     /// How the pool is doing. Cost: a lock and a copy.
     pub fn stats(&self) -> PoolStats {
-        let state = self.owner.inner.lock();
-        let Totals { acquired, made, recycled, failed } = state.totals;
-        PoolStats {
-            idle: state.counts.of(Role::Idle),
-            leased: state.counts.of(Role::Leased),
-            making: state.counts.of(Role::Making),
-            recycling: state.counts.of(Role::Recycling),
-            waiting: state.line.iter().filter(|sender| !sender.is_closed()).count(),
-            shells: state.shells.len(),
-            acquired,
-            made,
-            recycled,
-            failed,
-        }
+        self.owner.inner.stats()
     }
 
     /// The image its machines are of.
@@ -187,20 +194,12 @@ impl Pool {
         let inner = &self.owner.inner;
         let Leaving { idle, shells } = inner.close();
         for Idle { member, seat, .. } in idle {
-            member.monitor.stop().await;
-            drop(seat);
+            inner.end(member.monitor, seat);
         }
         for shell in shells {
             shell.stop().await;
         }
-        loop {
-            let mut left = std::pin::pin!(inner.left.notified());
-            left.as_mut().enable();
-            if inner.lock().counts.total() == 0 {
-                return;
-            }
-            left.await;
-        }
+        self.until(|stats| stats.total() == 0 && inner.lock().making_shells == 0).await;
     }
 }
 
@@ -211,6 +210,23 @@ struct Leaving {
 }
 
 impl Inner {
+    fn stats(&self) -> PoolStats {
+        let state = self.lock();
+        let Totals { acquired, made, recycled, failed } = state.totals;
+        PoolStats {
+            idle: state.counts.of(Role::Idle),
+            leased: state.counts.of(Role::Leased),
+            making: state.counts.of(Role::Making),
+            recycling: state.counts.of(Role::Recycling),
+            waiting: state.line.len(),
+            shells: state.shells.len(),
+            acquired,
+            made,
+            recycled,
+            failed,
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -229,23 +245,32 @@ impl Inner {
     }
 
     async fn acquire(self: &Arc<Self>) -> Result<Vm, PoolError> {
+        let Options { acquire_timeout, max, .. } = self.options;
         let mut passed_over = 0;
         loop {
-            let (member, seat, used) = match self.turn().await? {
-                Turn::Machine(Idle { member, seat, used, .. }) => (member, seat, used),
+            let turn = tokio::time::timeout(acquire_timeout, self.turn()).await;
+            let turn = turn.unwrap_or(Err(PoolError::Exhausted { after: acquire_timeout, max }))?;
+            let Idle { member, used, seat, .. } = match turn {
+                Turn::Machine(idle) => idle,
                 Turn::Place(seat) => {
                     let vm = self.make_on_the_way().await?;
                     return Ok(self.lease(vm, seat));
                 }
             };
-            let claimed = if used { self.image.reuse(member).await } else { self.image.claim(member).await };
-            match claimed {
-                Ok(vm) => return Ok(self.lease(vm, seat)),
-                // One that died while it waited is nobody's loss.
-                Err(VmError::Monitor(crate::MonitorError::Ended(_))) if passed_over < DEAD_MAX => {
+            let claimed = async {
+                if used { self.image.reuse(&member).await } else { self.image.claim(&member).await }
+            };
+            match self.in_time(claimed).await {
+                Ok(times) => return Ok(self.lease(self.image.machine(member, times), seat)),
+                Err(error) => {
+                    // One that died while it waited is nobody's loss.
+                    let died = member.monitor.has_ended();
+                    self.end(member.monitor, seat);
                     passed_over += 1;
+                    if !died || passed_over > DEAD_MAX {
+                        return Err(error);
+                    }
                 }
-                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -274,10 +299,14 @@ impl Inner {
                     return Ok(Turn::Place(Seat::in_pool(self, &mut state.counts, Role::Making)));
                 }
             }
+            if state.line.len() >= WAITING_MAX {
+                return Err(PoolError::Crowded { waiting: WAITING_MAX });
+            }
             let (sender, receiver) = oneshot::channel();
             state.line.push_back(sender);
             receiver
         };
+        self.moved.notify_waiters();
         // A machine that was given to one who has gone is given to the next.
         let mut place = InLine { inner: self, receiver };
         (&mut place.receiver).await.map_err(|_| PoolError::Closed)
@@ -288,12 +317,12 @@ impl Inner {
         state.counts.total() < self.options.max && state.counts.of(Role::Making) < MAKING_MAX
     }
 
-    /// Gives turns to those in line, as far as there is something to give. What nobody takes is returned.
+    /// Gives turns to those in line, as far as there is something to give.
     fn serve(self: &Arc<Self>) {
-        let mut homeless = Vec::new();
+        let mut homeless = None;
         {
             let mut state = self.lock();
-            while !state.line.is_empty() {
+            while !state.line.is_empty() && homeless.is_none() {
                 let turn = if let Some(idle) = state.idle.pop_back() {
                     Turn::Machine(idle)
                 } else if self.has_place(&state) {
@@ -305,24 +334,19 @@ impl Inner {
                 match first.send(turn) {
                     Ok(()) => {}
                     Err(Turn::Machine(idle)) => state.idle.push_back(idle),
-                    // A seat is given up without the lock.
-                    Err(place @ Turn::Place(_)) => {
-                        homeless.push(place);
-                        break;
-                    }
+                    // A seat is given up without the lock, and then there is a place again.
+                    Err(place @ Turn::Place(_)) => homeless = Some(place),
                 }
             }
         }
-        if !homeless.is_empty() {
-            drop(homeless);
-            self.changed.notify_one();
-        }
+        self.moved.notify_waiters();
+        drop(homeless);
     }
 
     /// Makes a machine while somebody waits for it, in a shell when there is one.
-    async fn make_on_the_way(&self) -> Result<Vm, PoolError> {
-        self.admission.check()?;
-        let shell = self.lock().shells.pop();
+    async fn make_on_the_way(self: &Arc<Self>) -> Result<Vm, PoolError> {
+        self.check_memory()?;
+        let shell = self.lock().shells.pop().filter(|shell| !shell.has_ended());
         self.changed.notify_one();
         let made = self.in_time(self.image.make(shell)).await;
         let mut state = self.lock();
@@ -331,7 +355,27 @@ impl Inner {
             Err(_) => state.totals.failed += 1,
         }
         drop(state);
+        if let Ok(vm) = &made {
+            self.watch(vm.monitor());
+        }
         made
+    }
+
+    /// Whether the host has the memory for those that are being made.
+    fn check_memory(&self) -> Result<(), PoolError> {
+        let making = self.lock().counts.of(Role::Making);
+        self.admission.check(making)
+    }
+
+    /// Has the pool looked after when a machine ends, so that one that ends while it waits is made up for.
+    fn watch(self: &Arc<Self>, monitor: &Monitor) {
+        let (pool, mut ended) = (Arc::downgrade(self), monitor.death_watch());
+        self.runtime.spawn(async move {
+            ended.ended().await;
+            if let Some(pool) = pool.upgrade() {
+                pool.changed.notify_one();
+            }
+        });
     }
 
     async fn in_time<T>(&self, making: impl Future<Output = Result<T, VmError>>) -> Result<T, PoolError> {
@@ -344,16 +388,19 @@ impl Inner {
     /// Adds a machine to those that wait, or gives it to the first in line.
     fn put(self: &Arc<Self>, member: Member, mut seat: Seat, used: bool) {
         seat.take(Role::Idle);
-        let idle = Idle { member, since: Instant::now(), used, seat };
+        self.give(Idle { member, since: Instant::now(), used, seat });
+    }
+
+    fn give(self: &Arc<Self>, idle: Idle) {
         let mut state = self.lock();
         if state.closed {
             drop(state);
-            self.end(idle.member.monitor, idle.seat);
-            return;
+            return self.end(idle.member.monitor, idle.seat);
         }
         state.idle.push_back(idle);
         drop(state);
         self.serve();
+        self.changed.notify_one();
     }
 
     /// Ends a machine, and gives up its place when nothing is left of it.
@@ -367,13 +414,13 @@ impl Inner {
     /// Makes one that is to wait.
     async fn grow(self: Arc<Self>, seat: Seat) {
         let standing = async {
-            self.admission.check()?;
+            self.check_memory()?;
             self.in_time(self.image.stand()).await
         };
         match standing.await {
             Ok(member) => {
-                self.admission.measure(member.monitor.process_id());
                 self.lock().totals.made += 1;
+                self.watch(&member.monitor);
                 self.put(member, seat, false);
             }
             Err(_) => {
@@ -389,90 +436,122 @@ impl Inner {
 
     async fn prepare_shell(self: Arc<Self>) {
         let shell = self.in_time(self.image.shell()).await;
-        let mut state = self.lock();
-        state.making_shells -= 1;
-        let surplus = match shell {
-            Ok(shell) if !state.closed => {
-                state.shells.push(shell);
-                None
-            }
-            Ok(shell) => Some(shell),
-            Err(_) => {
-                state.totals.failed += 1;
-                state.discouraged = true;
-                None
+        let surplus = {
+            let mut state = self.lock();
+            match shell {
+                Ok(shell) if !state.closed => {
+                    state.shells.push(shell);
+                    None
+                }
+                Ok(shell) => Some(shell),
+                Err(_) => {
+                    state.totals.failed += 1;
+                    state.discouraged = true;
+                    None
+                }
             }
         };
-        drop(state);
-        drop(surplus);
+        if let Some(shell) = surplus {
+            shell.stop().await;
+        }
+        self.lock().making_shells -= 1;
+        self.moved.notify_waiters();
+        self.changed.notify_one();
     }
 
     /// Takes a machine back.
     fn take_back(self: Arc<Self>, machine: Arc<Machine>, mut seat: Seat) {
-        let Ok(Machine { monitor, origin, paused, .. }) = Arc::try_unwrap(machine) else {
-            // A copy of it is under way, with which it ends.
-            return;
+        let runtime = self.runtime.clone();
+        machine.monitor.change_owner();
+        let Machine { monitor, origin, .. } = match Arc::try_unwrap(machine) {
+            Ok(machine) => machine,
+            // Something of its last owner's is under way, such as a copy, with which it ends.
+            Err(machine) => {
+                let mut ended = machine.monitor.death_watch();
+                drop(machine);
+                runtime.spawn(async move {
+                    ended.ended().await;
+                    drop(seat);
+                });
+                return;
+            }
         };
-        if self.lock().closed || monitor.has_ended().is_some() {
+        let on_release = self.options.on_release;
+        if self.lock().closed || monitor.has_ended() || on_release == OnRelease::Replace {
             return self.end(monitor, seat);
         }
         self.admission.measure(monitor.process_id());
         seat.take(Role::Recycling);
         let member = Member { monitor, scratch: origin.scratch };
-        let is_paused = paused.into_inner();
-        let runtime = self.runtime.clone();
         runtime.spawn(async move {
-            let restores = self.options.restore_on_release;
-            let recycled = if restores {
-                self.in_time(self.image.recycle(member)).await
+            let keeps = on_release == OnRelease::Keep;
+            let recycled = if keeps {
+                self.in_time(self.image.rest(member)).await
             } else {
-                self.in_time(self.image.rest(member, is_paused)).await
+                self.in_time(self.image.recycle(member)).await
             };
             match recycled {
                 Ok(member) => {
                     self.lock().totals.recycled += 1;
-                    self.put(member, seat, !restores);
+                    self.put(member, seat, keeps);
                 }
                 Err(_) => {
                     self.lock().totals.failed += 1;
                     drop(seat);
                 }
             }
-            self.changed.notify_one();
         });
     }
 
     /// Starts what is missing and ends what is too much. Says when to look again at the latest.
     fn tend(self: &Arc<Self>) -> Option<Instant> {
         self.serve();
-        let mut surplus = Vec::new();
+        let (mut surplus, mut seats, mut shells) = (Vec::new(), Vec::new(), 0);
         let next = {
             let mut state = self.lock();
             if state.closed {
                 return None;
             }
-            while !state.discouraged
-                && state.counts.total() < self.options.max
-                && state.counts.of(Role::Making) < MAKING_MAX
-                && state.counts.to_come() < self.options.min
-            {
-                let seat = Seat::in_pool(self, &mut state.counts, Role::Making);
-                self.runtime.spawn(Arc::clone(self).grow(seat));
-            }
-            while !state.discouraged && state.shells.len() + state.making_shells < self.options.shells {
-                state.making_shells += 1;
-                self.runtime.spawn(Arc::clone(self).prepare_shell());
-            }
             let now = Instant::now();
             let due = |idle: &Idle| self.options.idle_timeout.and_then(|limit| idle.since.checked_add(limit));
+            let (dead, idle): (Vec<_>, VecDeque<_>) = {
+                let (dead, living): (Vec<_>, Vec<_>) =
+                    state.idle.drain(..).partition(|idle| idle.member.monitor.has_ended());
+                (dead, living.into())
+            };
+            state.idle = idle;
+            surplus.extend(dead);
             while state.idle.len() > self.options.min
                 && state.idle.front().and_then(due).is_some_and(|due| due <= now)
             {
                 surplus.extend(state.idle.pop_front());
             }
+            // Those that are to end still have their seats, and wait no more.
+            let to_come = |state: &State| state.counts.to_come().saturating_sub(surplus.len());
+            while !state.discouraged
+                && state.counts.total() < self.options.max
+                && state.counts.of(Role::Making) < MAKING_MAX
+                && to_come(&state) < self.options.min
+            {
+                seats.push(Seat::in_pool(self, &mut state.counts, Role::Making));
+            }
+            while !state.discouraged
+                && state.making_shells < MAKING_MAX
+                && state.shells.len() + state.making_shells < self.options.shells
+            {
+                state.making_shells += 1;
+                shells += 1;
+            }
             let may_go = state.idle.len() > self.options.min;
             state.idle.front().and_then(due).filter(|_| may_go)
         };
+        // A runtime that shuts down drops what is spawned, seats too, so the pool is not locked now.
+        for seat in seats {
+            self.runtime.spawn(Arc::clone(self).grow(seat));
+        }
+        for _ in 0..shells {
+            self.runtime.spawn(Arc::clone(self).prepare_shell());
+        }
         for Idle { member, seat, .. } in surplus {
             self.end(member.monitor, seat);
         }
@@ -502,15 +581,12 @@ impl Drop for InLine<'_> {
     fn drop(&mut self) {
         self.receiver.close();
         match self.receiver.try_recv() {
-            Ok(Turn::Machine(idle)) => {
-                self.inner.lock().idle.push_back(idle);
-                self.inner.serve();
+            Ok(Turn::Machine(idle)) => self.inner.give(idle),
+            Ok(Turn::Place(seat)) => drop(seat),
+            Err(_) => {
+                self.inner.lock().line.retain(|sender| !sender.is_closed());
+                self.inner.moved.notify_waiters();
             }
-            Ok(Turn::Place(seat)) => {
-                drop(seat);
-                self.inner.serve();
-            }
-            Err(_) => {}
         }
     }
 }

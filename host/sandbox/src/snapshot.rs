@@ -25,7 +25,7 @@ pub use content::{HostFile, HostFileError, LogPattern, LogPatternError, Trigger}
 pub use error::{BakeError, SnapshotError};
 pub(crate) use park::{go_on, park, state_order};
 pub use restore::verify;
-pub(crate) use restore::{claim, make, scratch, stand};
+pub(crate) use restore::{claim, is_hostname, make, scratch, stand};
 
 use crate::baked::Member;
 use crate::disk::Disk;

@@ -242,6 +242,10 @@ impl Vm {
         machine.monitor.pull_the_plug().await.unwrap_or_default()
     }
 
+    pub(crate) fn monitor(&self) -> &Monitor {
+        &self.machine.monitor
+    }
+
     /// The monitor of a machine that nothing else holds.
     pub(crate) fn into_monitor(self) -> Option<Monitor> {
         Arc::try_unwrap(self.machine).ok().map(|machine| machine.monitor)
@@ -291,12 +295,9 @@ impl Vm {
     /// [`VmError::Monitor`] with how the machine ended instead.
     pub async fn pause(&self) -> Result<Duration, VmError> {
         let mut paused = self.machine.paused.lock().await;
-        if *paused {
-            return Ok(Duration::ZERO);
-        }
-        let took = self.machine.monitor.pause().await?;
+        // Whoever drops this future has a machine that may be paused, and is let go on.
         *paused = true;
-        Ok(took)
+        Ok(self.machine.monitor.pause().await?)
     }
 
     /// Lets a paused machine go on where it stopped. Nothing to do when it runs.
@@ -305,10 +306,9 @@ impl Vm {
     /// [`VmError::Monitor`] with how the machine ended instead.
     pub async fn resume(&self) -> Result<(), VmError> {
         let mut paused = self.machine.paused.lock().await;
-        if *paused {
-            self.machine.monitor.resume(None).await?;
-            *paused = false;
-        }
+        // One that runs already says so.
+        self.machine.monitor.resume(None).await?;
+        *paused = false;
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use std::ptr;
 use std::time::Duration;
 
 /// What a process ends with that did not come further.
-const EXIT_OVERDUE: c_int = 124;
+pub const EXIT_OVERDUE: c_int = 124;
 const MESSAGE: &[u8] = b"ended by its own deadline\n";
 
 /// Ends this process when so much time has passed, whatever its threads are doing, unless it is told otherwise before; `None` for no end.
@@ -16,7 +16,8 @@ const MESSAGE: &[u8] = b"ended by its own deadline\n";
 /// # Errors
 /// What the system says of a time it cannot count.
 pub fn deadline(limit: Option<Duration>) -> io::Result<()> {
-    let limit = limit.unwrap_or_default();
+    // A timer of nothing would be none.
+    let limit = limit.map_or(Duration::ZERO, |limit| limit.max(Duration::from_micros(1)));
     let value = libc::timeval {
         tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_usec: limit.subsec_micros().into(),

@@ -24,7 +24,7 @@ mod limits;
 mod spawn;
 
 pub use calls::{CALLS, Call, Need, Rule};
-pub use deadline::deadline;
+pub use deadline::{EXIT_OVERDUE, deadline};
 pub use enter::{EnterError, Jailed, enter};
 pub use landlock::version as landlock_version;
 pub use limits::{OVERHEAD_BYTES, confine};

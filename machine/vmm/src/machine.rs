@@ -183,10 +183,14 @@ impl<H: Hypervisor> Paused<H> {
                 // Where mail is there is memory for it. As late as can be, for a host may let a thread wait.
                 let _ = mailbox::tell_time(&machine.memory);
                 match machine.shared.run(index, vcpu, Until::MailIsTaken) {
-                    Some(at_rest) => vcpu = at_rest,
+                    Some(answered) => vcpu = answered,
                     // It has ended, which its owner finds out.
                     None => return Ok(machine),
                 }
+            }
+            if machine.shared.control.is_paused() {
+                // It has parked itself on the way, and used up the kick that went with that.
+                machine.shared.control.kick();
             }
             let shared = Arc::clone(&machine.shared);
             let thread = std::thread::Builder::new().name(format!("vcpu {index}"));

@@ -15,7 +15,7 @@ use crate::GuestBundle;
 use crate::disk::Scratch;
 use crate::launch::{Launch, Overrides};
 use crate::monitor::{LineListener, MonitorProgram};
-use crate::snapshot::{self, Bake, HostFile, SnapshotError, Trigger};
+use crate::snapshot::{self, Bake, BakeError, HostFile, SnapshotError, Trigger};
 use crate::vm::boot::blocking;
 use crate::vm::{Vm, VmBuilder, VmError};
 
@@ -290,6 +290,9 @@ impl ImageBuilder {
     /// # Errors
     /// [`ImageError`], by what went wrong.
     pub async fn build(self) -> Result<Image, ImageError> {
+        if let Some(hostname) = self.hostname.as_ref().filter(|name| !snapshot::is_hostname(name)) {
+            return Err(VmError::from(BakeError::Hostname(hostname.clone())).into());
+        }
         let store = self.open_store().await?;
         let source: Source = self.reference.parse()?;
         let pulled = kiln_oci::pull(&store, &source, &self.pull, Arc::clone(&self.progress)).await?;
@@ -330,6 +333,10 @@ impl ImageBuilder {
             })
             .volumes(pulled.config.volumes.iter().chain(&self.volumes).cloned())
             .working_directory(self.workdir.as_ref().unwrap_or(&pulled.config.working_dir));
+        if let Some(warnings) = &self.warnings {
+            let warnings = Arc::clone(warnings);
+            builder = builder.on_warning(move |line| warnings(line));
+        }
         for (path, guest_path) in &self.files {
             let path = path.clone();
             let file = blocking(move || HostFile::open(&path)).await?;

@@ -55,6 +55,7 @@ impl MachineEnd {
             Self::PowerOff | Self::Crashed { .. } => Blame::Guest,
             Self::Stopped { .. } => Blame::Caller,
             Self::Failed { blame, .. } => *blame,
+            Self::Died { status: Some(status), .. } if is_overdue(*status) => Blame::Guest,
             Self::Died { .. } => Blame::Kiln,
         }
     }
@@ -108,6 +109,9 @@ impl fmt::Display for MachineEnd {
                     None => write!(formatter, "killed by its own filter"),
                 }
             }
+            Self::Died { status: Some(status), .. } if is_overdue(*status) => {
+                write!(formatter, "the guest did not say in time that it knows who it is")
+            }
             Self::Died { status, stderr } => {
                 write!(formatter, "the monitor process died")?;
                 if let Some(status) = status {
@@ -120,6 +124,11 @@ impl fmt::Display for MachineEnd {
             }
         }
     }
+}
+
+/// Whether a monitor ended itself because its guest kept it.
+fn is_overdue(status: ExitStatus) -> bool {
+    status.code() == Some(kiln_jail::EXIT_OVERDUE)
 }
 
 impl std::error::Error for MachineEnd {}
@@ -181,6 +190,14 @@ mod tests {
         };
         assert_eq!(end.to_string(), "the monitor was killed by its own filter: system call 41");
         assert_eq!(end.blame(), Blame::Kiln);
+    }
+
+    #[test]
+    fn a_guest_that_keeps_its_monitor_is_to_blame() {
+        let status = Some(ExitStatus::from_raw(kiln_jail::EXIT_OVERDUE << 8));
+        let end = MachineEnd::Died { status, stderr: String::new() };
+        assert_eq!(end.to_string(), "the guest did not say in time that it knows who it is");
+        assert_eq!(end.blame(), Blame::Guest);
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub struct RestoreTimes {
     pub entered_ns: u64,
     /// The agent had taken its generation; of one that was parked at its port, it had asked for it.
     pub resumed_ns: u64,
-    /// The guest had become who its generation says.
+    /// The guest had become who its generation says; 0 when it had not when it was asked.
     pub adopted_ns: u64,
 }
 
@@ -88,6 +88,8 @@ impl Life {
                 self.restore.spawned_ns = entered.spawned_ns;
                 self.restore.ordered_ns = entered.ordered_ns;
                 self.restore.entered_ns = entered.entered_ns;
+                // What was before was another life's.
+                (self.restore.resumed_ns, self.restore.adopted_ns) = (0, 0);
             }
             Happened::Resumed(resumed) => {
                 self.resumed += 1;
@@ -133,18 +135,45 @@ pub(super) async fn reach<T>(
     }
 }
 
-/// Waits for the end of a machine without keeping it alive.
+/// Waits for the end of a machine, whoever's it is by then.
+#[derive(Debug)]
+pub(crate) struct DeathWatch {
+    pub(super) life: watch::Receiver<Life>,
+}
+
+impl DeathWatch {
+    /// Waits for the end of the machine, or of its handle.
+    pub(crate) async fn ended(&mut self) {
+        let _ = self.life.wait_for(|life| life.end.is_some()).await;
+    }
+}
+
+/// Waits for the end of a machine without keeping it alive. A machine that is given to its next owner has ended for this one's.
 #[derive(Clone, Debug)]
 pub(crate) struct EndWatch {
     pub(super) life: watch::Receiver<Life>,
+    pub(super) owner: watch::Receiver<u64>,
+    /// Whose the machine was when this was made.
+    pub(super) of: u64,
 }
 
 impl EndWatch {
     /// Waits for the end of the machine; a machine whose handle was dropped has been stopped.
     pub(crate) async fn ended(&mut self) -> Arc<MachineEnd> {
-        match self.life.wait_for(|life| life.end.is_some()).await {
-            Ok(life) => life.how_it_ended(),
-            Err(_) => Arc::default(),
+        let Self { life, owner, of } = self;
+        let given_away = async {
+            if owner.wait_for(|owner| owner != of).await.is_err() {
+                // Without a handle there is no next owner.
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = given_away => Arc::default(),
+            ended = life.wait_for(|life| life.end.is_some()) => match ended {
+                Ok(life) => life.how_it_ended(),
+                Err(_) => Arc::default(),
+            },
         }
     }
 }
@@ -169,5 +198,17 @@ mod tests {
         let (sender, life) = watch::channel(Life::default());
         drop(sender);
         assert!(reach(life, |life| life.ready.then_some(())).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn who_had_a_machine_does_not_hear_how_the_next_guest_ends() {
+        let (life_sender, life) = watch::channel(Life::default());
+        let (owner_sender, owner) = watch::channel(0);
+        let mut before = EndWatch { life: life.clone(), owner: owner.clone(), of: 0 };
+        owner_sender.send_replace(1);
+        let mut after = EndWatch { life, owner, of: 1 };
+        life_sender.send_modify(|life| life.end = Some(Arc::new(MachineEnd::PowerOff)));
+        assert_eq!(*before.ended().await, MachineEnd::default());
+        assert_eq!(*after.ended().await, MachineEnd::PowerOff);
     }
 }

@@ -11,7 +11,7 @@ use kiln_control::{
 };
 
 use super::life::{Life, reach};
-use super::{ADOPT_LIMIT, BootTimes, EndWatch, MachineEnd, Monitor, MonitorError, RestoreTimes};
+use super::{ADOPT_LIMIT, BootTimes, DeathWatch, EndWatch, MachineEnd, Monitor, MonitorError, RestoreTimes};
 
 impl Monitor {
     /// Makes the machine and boots it: once, first. `fds` are what the message's `*_fd` fields count.
@@ -55,7 +55,7 @@ impl Monitor {
         let _turn = self.answer.lock().await;
         let before = self.life.borrow().stood;
         self.send_with_files(Do::Restore(Restore { stand: true, ..restore }), fds).await?;
-        self.reach(|life| (life.stood > before).then_some(life.last_stood)).await
+        self.in_time(self.reach(|life| (life.stood > before).then_some(life.last_stood))).await
     }
 
     /// Lets a guest that [stands](Self::stand) go on as the one its generation says, encoded as `kiln_protocol::mailbox` has it. Returns when its agent
@@ -119,9 +119,19 @@ impl Monitor {
         tokio::time::timeout(ADOPT_LIMIT, adopting).await.unwrap_or(Err(MonitorError::NotAdopted))
     }
 
-    /// How the machine has ended, if it has.
-    pub(crate) fn has_ended(&self) -> Option<Arc<MachineEnd>> {
-        self.life.borrow().end.clone()
+    /// Whether the machine has ended, or nobody is left who would find out.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.life.borrow().end.is_some() || self.life.has_changed().is_err()
+    }
+
+    /// A view of the machine's end for whoever owns it.
+    pub(crate) fn death_watch(&self) -> DeathWatch {
+        DeathWatch { life: self.life.clone() }
+    }
+
+    /// Takes the machine from its owner: what he has of it hears nothing any more of what becomes of it.
+    pub(crate) fn change_owner(&self) {
+        self.owner.send_modify(|owner| *owner += 1);
     }
 
     /// Waits until a vCPU has entered the guest that boots.
@@ -253,7 +263,9 @@ impl Monitor {
 
     /// A view of the machine's end for one who does not own the machine.
     pub(crate) fn end_watch(&self) -> EndWatch {
-        EndWatch { life: self.life.clone() }
+        let owner = self.owner.subscribe();
+        let of = *owner.borrow();
+        EndWatch { life: self.life.clone(), owner, of }
     }
 
     async fn save(&self, order: Do, file: BorrowedFd<'_>) -> Result<Duration, MonitorError> {

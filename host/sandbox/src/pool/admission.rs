@@ -1,7 +1,7 @@
 //! Whether the host has the memory for another machine, by what machines of the pool were seen to take.
 //!
 //! A machine's memory is a ceiling and no commitment: pages are the host's until the guest writes to them. So what a machine takes is
-//! measured when it waits and when it comes back, and the most of late is what the next is expected to take.
+//! measured when it comes back, and the most of late is what the next is expected to take.
 
 use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,11 +27,12 @@ impl Default for Admission {
 }
 
 impl Admission {
-    /// Refuses another machine where the host has no room for it.
-    pub(super) fn check(&self) -> Result<(), PoolError> {
+    /// Refuses to have so many machines made at a time where the host has no room for them.
+    pub(super) fn check(&self, making: usize) -> Result<(), PoolError> {
         // A host that does not say what it has is believed to have it.
         let Some(available_bytes) = available_bytes() else { return Ok(()) };
-        let needed_bytes = self.expected_bytes.load(Ordering::Relaxed).saturating_add(RESERVE_BYTES);
+        let expected_bytes = self.expected_bytes.load(Ordering::Relaxed).saturating_mul(making.max(1) as u64);
+        let needed_bytes = expected_bytes.saturating_add(RESERVE_BYTES);
         if available_bytes >= needed_bytes {
             return Ok(());
         }
@@ -84,9 +85,9 @@ mod tests {
     #[test]
     fn a_host_without_room_refuses_with_numbers() {
         let admission = Admission::default();
-        assert!(admission.check().is_ok());
+        assert!(admission.check(1).is_ok());
         admission.expected_bytes.store(u64::MAX / 2, Ordering::Relaxed);
-        let refused = admission.check();
+        let refused = admission.check(1);
         assert!(matches!(refused, Err(PoolError::Memory { needed_bytes, available_bytes })
             if needed_bytes > available_bytes && available_bytes > 0));
     }

@@ -7,11 +7,27 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
 use super::admission::Admission;
+use super::seats::{Role, Seat};
 use super::{Inner, Owner, Pool, tend};
 use crate::baked::Image;
 
 /// The most machines of a pool.
 const MACHINES_MAX: usize = 4096;
+/// The most processes that wait without a guest.
+const SHELLS_MAX: usize = 64;
+
+/// What becomes of a machine that comes back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnRelease {
+    /// Its process, memory mapping and vCPUs go to a fresh guest; of the guest before nothing is left in them. A guest that has taken its
+    /// monitor over, which the jail holds, would have that of the next.
+    #[default]
+    Restore,
+    /// It ends, process and all, and another is made: some milliseconds of processor time each.
+    Replace,
+    /// It stands still, and the next owner has it as the last one left it: files, processes, secrets and all.
+    Keep,
+}
 
 /// What a pool is to be. Made by [`Image::pool`].
 #[derive(Debug)]
@@ -29,7 +45,7 @@ pub(super) struct Options {
     pub(super) idle_timeout: Option<Duration>,
     pub(super) acquire_timeout: Duration,
     pub(super) restore_timeout: Duration,
-    pub(super) restore_on_release: bool,
+    pub(super) on_release: OnRelease,
 }
 
 impl PoolBuilder {
@@ -41,7 +57,7 @@ impl PoolBuilder {
             idle_timeout: Some(Duration::from_mins(5)),
             acquire_timeout: Duration::from_secs(30),
             restore_timeout: Duration::from_secs(30),
-            restore_on_release: true,
+            on_release: OnRelease::Restore,
         };
         Self { image, options }
     }
@@ -59,7 +75,7 @@ impl PoolBuilder {
     }
 
     /// How many monitor processes wait without a guest, some 2 MiB each, so that a machine that has to be made on somebody's
-    /// way is made in one of them; 1 by default.
+    /// way is made in one of them; 1 by default, 64 at the most.
     pub fn shells(mut self, processes: usize) -> Self {
         self.options.shells = processes;
         self
@@ -71,22 +87,27 @@ impl PoolBuilder {
         self
     }
 
-    /// How long an acquisition may take, its place in line and the making of a machine included; 30 s by default.
+    /// How long an acquisition may wait in line; 30 s by default. What it takes to make or claim a machine then has a limit of its own,
+    /// [`restore_timeout`](Self::restore_timeout).
     pub fn acquire_timeout(mut self, limit: Duration) -> Self {
         self.options.acquire_timeout = limit;
         self
     }
 
-    /// How long it may take to make a machine, or to recycle one; 30 s by default.
+    /// How long it may take to make a machine, to claim or to recycle one; 30 s by default.
     pub fn restore_timeout(mut self, limit: Duration) -> Self {
         self.options.restore_timeout = limit;
         self
     }
 
-    /// Whether a machine that comes back gives way to a fresh guest, which is so by default. Otherwise the next owner has it as
-    /// the last one left it: files, processes, secrets and all; it stands still in between.
-    pub fn restore_on_release(mut self, yes: bool) -> Self {
-        self.options.restore_on_release = yes;
+    /// Whether a machine that comes back gives way to a fresh guest: [`OnRelease::Restore`], as by default, or [`OnRelease::Keep`].
+    pub fn restore_on_release(self, yes: bool) -> Self {
+        self.on_release(if yes { OnRelease::Restore } else { OnRelease::Keep })
+    }
+
+    /// What becomes of a machine that comes back.
+    pub fn on_release(mut self, what: OnRelease) -> Self {
+        self.options.on_release = what;
         self
     }
 
@@ -98,6 +119,7 @@ impl PoolBuilder {
         let Self { image, mut options } = self;
         options.max = options.max.clamp(1, MACHINES_MAX);
         options.min = options.min.min(options.max);
+        options.shells = options.shells.min(SHELLS_MAX);
         let inner = Arc::new(Inner {
             image,
             options,
@@ -105,8 +127,13 @@ impl PoolBuilder {
             runtime: Handle::current(),
             state: Mutex::default(),
             changed: Notify::new(),
-            left: Notify::new(),
+            moved: Notify::new(),
         });
+        if let Some(first) = inner.image.first() {
+            inner.watch(&first.monitor);
+            let seat = Seat::in_pool(&inner, &mut inner.lock().counts, Role::Making);
+            inner.put(first, seat, false);
+        }
         inner.runtime.spawn(tend(Arc::clone(&inner)));
         inner.changed.notify_one();
         Pool { owner: Arc::new(Owner { inner }) }

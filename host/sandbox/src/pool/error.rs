@@ -15,6 +15,12 @@ pub enum PoolError {
         /// As many as there may be.
         max: usize,
     },
+    /// More wait already than may.
+    #[error("{waiting} wait for a machine already")]
+    Crowded {
+        /// As many as may.
+        waiting: usize,
+    },
     /// The pool is being shut down.
     #[error("the pool is closed")]
     Closed,
@@ -37,7 +43,7 @@ impl PoolError {
     /// Whose fault this is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Exhausted { .. } | Self::Closed => Blame::Caller,
+            Self::Exhausted { .. } | Self::Crowded { .. } | Self::Closed => Blame::Caller,
             Self::Memory { .. } => Blame::Host,
             Self::Vm(error) => error.blame(),
         }

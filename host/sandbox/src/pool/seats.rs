@@ -51,13 +51,15 @@ impl Seat {
         state.counts.0[self.role as usize] -= 1;
         state.counts.0[role as usize] += 1;
         self.role = role;
+        drop(state);
+        self.pool.moved.notify_waiters();
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
         self.pool.lock().counts.0[self.role as usize] -= 1;
-        self.pool.left.notify_waiters();
+        self.pool.moved.notify_waiters();
         self.pool.changed.notify_one();
     }
 }

@@ -198,8 +198,7 @@ fn is_of(header: &Header, record: &SnapshotRecord) -> bool {
 
 /// Who a restored guest becomes. The monitor fills in the clock when it enters the guest.
 fn generation(hostname: &str) -> Result<Generation, VmError> {
-    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
-    if hostname.is_empty() || hostname.len() > HOSTNAME_BYTES_MAX || !hostname.bytes().all(is_good) {
+    if !is_hostname(hostname) {
         return Err(BakeError::Hostname(hostname.to_owned()).into());
     }
     Ok(Generation {
@@ -211,6 +210,12 @@ fn generation(hostname: &str) -> Result<Generation, VmError> {
         boot_id: random_uuid()?,
         hostname: hostname.to_owned(),
     })
+}
+
+/// Whether a restored guest can be called so.
+pub(crate) fn is_hostname(name: &str) -> bool {
+    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+    !name.is_empty() && name.len() <= HOSTNAME_BYTES_MAX && name.bytes().all(is_good)
 }
 
 /// A random UUID. RFC 9562 §5.4 "UUID Version 4"; machine-id(5) asks for one too.

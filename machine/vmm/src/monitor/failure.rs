@@ -15,7 +15,7 @@ use crate::saved::SectionError;
 use crate::shell::{ShapeError, ShellError};
 
 /// Why a machine was not made, and who is to blame.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Failure {
     pub(super) blame: Blame,
     pub(super) message: String,
@@ -93,6 +93,12 @@ impl From<RehearsalError> for Failure {
             RehearsalError::Unexpected => Blame::Caller,
         };
         Self::new(blame, with_causes(&error))
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self::host("cannot set a deadline", &error)
     }
 }
 

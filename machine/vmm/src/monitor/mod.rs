@@ -115,7 +115,7 @@ fn serve(
     kvm: Result<Kvm, Failure>,
     spawned: Nanoseconds,
 ) -> Result<(), ChannelError> {
-    let mut ahead = Ahead { channel, kvm: kvm.as_ref().ok(), shell: None };
+    let mut ahead = Ahead { channel, kvm: &kvm, shell: None };
     let received = ahead.receive_order();
     let shell = ahead.shell;
     let (order, files) = match received {
@@ -170,7 +170,7 @@ enum Order {
 /// A monitor that has no machine yet.
 struct Ahead<'a> {
     channel: &'a Channel,
-    kvm: Option<&'a Kvm>,
+    kvm: &'a Result<Kvm, Failure>,
     shell: Option<Shell<Kvm>>,
 }
 
@@ -207,9 +207,9 @@ impl Ahead<'_> {
         }
     }
 
-    /// Makes a shell ahead of its use. Without KVM there is none, which the order for the machine is told.
+    /// Makes a shell ahead of its use.
     fn prepare(&mut self, order: Prepare) -> Result<(), Unserved> {
-        let Some(kvm) = self.kvm else { return Ok(()) };
+        let kvm = self.kvm.as_ref().map_err(|failure| Unserved::Failed(failure.clone()))?;
         let shell = Shape::new(order.memory_mib, order.vcpus)
             .map_err(Failure::from)
             .and_then(|shape| Ok(Shell::create(kvm, shape)?));

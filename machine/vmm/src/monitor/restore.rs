@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kiln_control::{Blame, SaveState};
 use kiln_hypervisor::{Hypervisor, Kvm};
@@ -22,6 +23,10 @@ use crate::shell::{Shape, Shell, ShellError};
 
 /// The version a snapshot has to have: what is in a section changes with the monitor.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// How long a guest may take to say that it knows who it is: microseconds, but for a host with too much to do. A guest that never does ends
+/// the program, which could not be told to end.
+const ANSWER_LIMIT: Duration = Duration::from_mins(1);
 
 /// Makes the machine that `plan` has the snapshot of, of `shell` if there is one; it stands still.
 ///
@@ -64,7 +69,7 @@ pub(super) fn restore(
     reporter.watches(paused.memory());
     if stand {
         if paused.parking() == Parking::Doorbell {
-            paused.rehearse()?;
+            answering(|| paused.rehearse().map_err(Failure::from))?;
         }
         return Ok((paused, ports));
     }
@@ -73,6 +78,17 @@ pub(super) fn restore(
         reporter.expect(paused.put_mail(&generation)?);
     }
     Ok((paused, ports))
+}
+
+/// Has a guest answer on this thread, which hears nobody until it has.
+///
+/// # Errors
+/// The guest's, or the system's that has no timer.
+pub(super) fn answering<T, E: From<io::Error>>(answer: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    kiln_jail::deadline(Some(ANSWER_LIMIT))?;
+    let answered = answer();
+    kiln_jail::deadline(None)?;
+    answered
 }
 
 /// Writes the state of a machine to `file`.

@@ -14,7 +14,6 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kiln_control::{
     Channel, ChannelError, Command, Connect, Console, Do, EndReason, Ended, Entered, Happened,
@@ -37,10 +36,6 @@ use crate::live::Saved;
 use crate::machine::Machine;
 use crate::paused::{MachineState, Parking, Paused};
 use crate::shell::ShellError;
-
-/// How long a guest may take to say that it knows who it is: microseconds, but for a host with too much to do. A guest that never does ends
-/// the program, which could not be told to end.
-const ANSWER_LIMIT: Duration = Duration::from_mins(1);
 
 /// A machine and who is responsible for it.
 pub(super) struct Supervisor<'a> {
@@ -231,12 +226,8 @@ impl Supervisor<'_> {
         let [spawned_ns, ordered_ns, entered_ns] =
             [self.reporter.spawned, ordered, monotonic()].map(|at| at.0);
         send(self.channel, Happened::Entered(Entered { spawned_ns, ordered_ns, entered_ns, at_port }))?;
-        // The host is not heard before the guest has answered, so there is a limit to that.
-        let limited = |limit| kiln_jail::deadline(limit).map_err(host_error);
-        limited(Some(ANSWER_LIMIT))?;
         // Without its threads the machine has ended, and so does this program.
-        let machine = paused.resume().map_err(host_error)?;
-        limited(None)?;
+        let machine = restore::answering(|| paused.resume()).map_err(|error| host_error(&error))?;
         Ok(State::Running(machine))
     }
 
@@ -351,8 +342,8 @@ impl Supervisor<'_> {
     }
 }
 
-fn host_error(error: std::io::Error) -> ChannelError {
-    ChannelError::Io(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
+fn host_error(error: &std::io::Error) -> ChannelError {
+    ChannelError::Io(Errno::from_io_error(error).unwrap_or(Errno::AGAIN))
 }
 
 /// The one file beside a command that writes to it.
