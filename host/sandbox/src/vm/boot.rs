@@ -101,8 +101,14 @@ pub(super) async fn make_scratch(folder: PathBuf, size_bytes: u64) -> Result<Dis
 
 /// Does what blocks where it holds nobody up.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime shuts down, and with it whoever waits.
+            Err(_) => std::future::pending().await,
+        },
+    }
 }
 
 /// Random bytes of the host's.
