@@ -192,11 +192,13 @@ impl Image {
 
     /// What the next machine is called.
     fn hostname(&self) -> Result<String, VmError> {
-        match &self.0.hostname {
-            Some(hostname) => Ok(hostname.clone()),
-            // Twelve hexadecimal digits, as Docker names its containers.
-            None => Ok(random::<6>()?.iter().map(|byte| format!("{byte:02x}")).collect()),
+        if let Some(hostname) = &self.0.hostname {
+            return Ok(hostname.clone());
         }
+        // Twelve hexadecimal digits, as Docker names its containers.
+        let mut number = [0; 8];
+        number[2..].copy_from_slice(&random::<6>()?);
+        Ok(format!("{:012x}", u64::from_be_bytes(number)))
     }
 }
 

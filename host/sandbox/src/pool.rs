@@ -417,19 +417,16 @@ impl Inner {
             self.check_memory()?;
             self.in_time(self.image.stand()).await
         };
-        match standing.await {
-            Ok(member) => {
-                self.lock().totals.made += 1;
-                self.watch(&member.monitor);
-                self.put(member, seat, false);
-            }
-            Err(_) => {
-                let mut state = self.lock();
-                state.totals.failed += 1;
-                state.discouraged = true;
-                drop(state);
-                drop(seat);
-            }
+        if let Ok(member) = standing.await {
+            self.lock().totals.made += 1;
+            self.watch(&member.monitor);
+            self.put(member, seat, false);
+        } else {
+            let mut state = self.lock();
+            state.totals.failed += 1;
+            state.discouraged = true;
+            drop(state);
+            drop(seat);
         }
         self.changed.notify_one();
     }
@@ -490,15 +487,12 @@ impl Inner {
             } else {
                 self.in_time(self.image.recycle(member)).await
             };
-            match recycled {
-                Ok(member) => {
-                    self.lock().totals.recycled += 1;
-                    self.put(member, seat, keeps);
-                }
-                Err(_) => {
-                    self.lock().totals.failed += 1;
-                    drop(seat);
-                }
+            if let Ok(member) = recycled {
+                self.lock().totals.recycled += 1;
+                self.put(member, seat, keeps);
+            } else {
+                self.lock().totals.failed += 1;
+                drop(seat);
             }
         });
     }
@@ -527,11 +521,11 @@ impl Inner {
                 surplus.extend(state.idle.pop_front());
             }
             // Those that are to end still have their seats, and wait no more.
-            let to_come = |state: &State| state.counts.to_come().saturating_sub(surplus.len());
+            let at_home = |state: &State| state.counts.at_home().saturating_sub(surplus.len());
             while !state.discouraged
                 && state.counts.total() < self.options.max
                 && state.counts.of(Role::Making) < MAKING_MAX
-                && to_come(&state) < self.options.min
+                && at_home(&state) < self.options.min
             {
                 seats.push(Seat::in_pool(self, &mut state.counts, Role::Making));
             }

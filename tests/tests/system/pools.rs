@@ -31,7 +31,7 @@ async fn until(pool: &Pool, is_so: impl Fn(&PoolStats) -> bool) -> PoolStats {
 fn marker() -> String {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).expect("random bytes");
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:032x}", u128::from_be_bytes(bytes))
 }
 
 /// Where in the memory of a process `marker` is: the mappings' names.

@@ -402,13 +402,13 @@ impl ImageBuilder {
             program,
             warnings,
             pulled,
+            commands,
             root,
             root_objects,
             snapshot,
             scratch,
             hostname,
             first,
-            commands,
         })))
     }
 }

@@ -46,7 +46,7 @@ impl Monitor {
     }
 
     /// Makes the machine that a snapshot is of and has it stand still, the agent's way to its first answer walked, until
-    /// [`claim`](Self::claim). A machine that is there already ends, and the guest of the snapshot takes it over: nothing of the guest before
+    /// [`resume`](Self::resume). A machine that is there already ends, and the guest of the snapshot takes it over: nothing of the guest before
     /// is left.
     ///
     /// # Errors

@@ -59,7 +59,7 @@ fn available_bytes() -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The memory that a process has and shares with nobody, nor with a file. Linux man page proc_pid_statm(5).
+/// The memory that a process has and shares with nobody, nor with a file. Linux man page `proc_pid_statm(5)`.
 fn own_bytes(process_id: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{process_id}/statm")).ok()?;
     let mut pages = text.split_ascii_whitespace().skip(1).map(str::parse::<u64>);

@@ -28,7 +28,7 @@ impl Counts {
     }
 
     /// Those that wait, or will without anybody's doing.
-    pub(super) fn to_come(&self) -> usize {
+    pub(super) fn at_home(&self) -> usize {
         self.total() - self.of(Role::Leased)
     }
 }
