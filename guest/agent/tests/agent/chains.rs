@@ -85,7 +85,7 @@ fn a_signal_and_a_lost_connection_reach_the_one_that_runs() {
     stream.signal(USR1);
     assert_eq!(stream.finish().exited.code, 3);
     let mut stream =
-        guest.start(chain(["true", "echo ready; echo $$ >/tmp/pid; sleep 1000", "echo >/tmp/never"]));
+        guest.start(chain(["true", "echo $$ >/tmp/pid; echo ready; sleep 1000", "echo >/tmp/never"]));
     stream.read_until("ready");
     drop(stream);
     assert_eq!(
