@@ -38,6 +38,11 @@ pub fn told(output: Output) -> String {
     String::from_utf8(output.stdout).expect("text").trim().to_owned()
 }
 
+/// What a shell script in a machine prints that succeeds.
+pub async fn sh(vm: &Vm, script: &str) -> String {
+    told(vm.exec(["sh", "-c", script]).output().await.expect("a shell"))
+}
+
 /// A machine of the tests' store that `kiln vm start` has started.
 pub fn kept(name: &str) -> Kept {
     let machines = Machines::open(crate::store().join("vms")).expect("the folder of machines");

@@ -55,7 +55,7 @@ async fn start(
 
     let hostname = match &args.hostname {
         Some(name) => name.clone(),
-        None => random_name().map_err(Failure::host)?,
+        None => kiln::random_name().map_err(Failure::host)?,
     };
     let launch = Launch::new(&image.config, overrides(args, env))?;
 
@@ -124,13 +124,6 @@ fn console(context: &Context, builder: VmBuilder) -> Result<VmBuilder, Failure> 
     }
     let stderr = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stderr(), 3);
     Ok(builder.console(stderr.map_err(|errno| Failure::host(io::Error::from(errno)))?))
-}
-
-/// Twelve hexadecimal digits, as Docker names its containers.
-pub(crate) fn random_name() -> io::Result<String> {
-    let mut bytes = [0; 8];
-    getrandom::fill(&mut bytes[2..])?;
-    Ok(format!("{:012x}", u64::from_be_bytes(bytes)))
 }
 
 /// Carries streams and signals until the command's end.

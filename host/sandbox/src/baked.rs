@@ -20,7 +20,7 @@ use crate::launch::Launch;
 use crate::monitor::{LineListener, Monitor, MonitorProgram};
 use crate::pool::PoolBuilder;
 use crate::snapshot;
-use crate::vm::boot::{blocking, random};
+use crate::vm::boot::{blocking, random_name};
 use crate::vm::copying::{Guest, Origin};
 use crate::vm::{Times, Vm, VmError};
 
@@ -195,10 +195,7 @@ impl Image {
         if let Some(hostname) = &self.0.hostname {
             return Ok(hostname.clone());
         }
-        // Twelve hexadecimal digits, as Docker names its containers.
-        let mut number = [0; 8];
-        number[2..].copy_from_slice(&random::<6>()?);
-        Ok(format!("{:012x}", u64::from_be_bytes(number)))
+        random_name().map_err(VmError::Entropy)
     }
 }
 

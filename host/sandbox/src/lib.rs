@@ -19,6 +19,7 @@ pub mod launch;
 pub mod monitor;
 mod pool;
 mod ports;
+mod readiness;
 mod sealed;
 pub mod signal;
 mod snapshot;
@@ -43,5 +44,5 @@ pub use snapshot::{
 };
 pub use vm::{
     AskError, ExecBuilder, ExecError, GuestStats, HostStats, MEMORY_MIN_MIB, MachineCopy, Output, Phase,
-    Standstill, Stats, Times, VCPUS_MAX, Vm, VmBuilder, VmError,
+    Standstill, Stats, Times, VCPUS_MAX, Vm, VmBuilder, VmError, random_name,
 };

@@ -428,7 +428,6 @@ impl Inner {
             drop(state);
             drop(seat);
         }
-        self.changed.notify_one();
     }
 
     async fn prepare_shell(self: Arc<Self>) {
@@ -477,10 +476,11 @@ impl Inner {
         if self.lock().closed || monitor.has_ended() || on_release == OnRelease::Replace {
             return self.end(monitor, seat);
         }
-        self.admission.measure(monitor.process_id());
         seat.take(Role::Recycling);
         let member = Member { monitor, scratch: origin.scratch };
         runtime.spawn(async move {
+            // Not while its owner drops it.
+            self.admission.measure(member.monitor.process_id());
             let keeps = on_release == OnRelease::Keep;
             let recycled = if keeps {
                 self.in_time(self.image.rest(member)).await
@@ -500,21 +500,17 @@ impl Inner {
     /// Starts what is missing and ends what is too much. Says when to look again at the latest.
     fn tend(self: &Arc<Self>) -> Option<Instant> {
         self.serve();
-        let (mut surplus, mut seats, mut shells) = (Vec::new(), Vec::new(), 0);
-        let next = {
+        let (mut seats, mut shells) = (Vec::new(), 0);
+        let (surplus, next) = {
             let mut state = self.lock();
             if state.closed {
                 return None;
             }
             let now = Instant::now();
             let due = |idle: &Idle| self.options.idle_timeout.and_then(|limit| idle.since.checked_add(limit));
-            let (dead, idle): (Vec<_>, VecDeque<_>) = {
-                let (dead, living): (Vec<_>, Vec<_>) =
-                    state.idle.drain(..).partition(|idle| idle.member.monitor.has_ended());
-                (dead, living.into())
-            };
-            state.idle = idle;
-            surplus.extend(dead);
+            let (mut surplus, living): (VecDeque<_>, VecDeque<_>) =
+                state.idle.drain(..).partition(|idle| idle.member.monitor.has_ended());
+            state.idle = living;
             while state.idle.len() > self.options.min
                 && state.idle.front().and_then(due).is_some_and(|due| due <= now)
             {
@@ -537,7 +533,7 @@ impl Inner {
                 shells += 1;
             }
             let may_go = state.idle.len() > self.options.min;
-            state.idle.front().and_then(due).filter(|_| may_go)
+            (surplus, state.idle.front().and_then(due).filter(|_| may_go))
         };
         // A runtime that shuts down drops what is spawned, seats too, so the pool is not locked now.
         for seat in seats {

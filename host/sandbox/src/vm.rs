@@ -17,6 +17,7 @@ use kiln_rootfs::ScratchError as FormatError;
 
 use tokio::net::UnixStream;
 
+pub use boot::random_name;
 pub use builder::VmBuilder;
 pub use copying::{MachineCopy, Standstill};
 pub use exec::{ExecBuilder, ExecError, Output};

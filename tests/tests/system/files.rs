@@ -6,19 +6,14 @@ use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use kiln::{Copied, CopyOptions, FileError, Reason, Vm};
-use kiln_tests::library::{block_on, kept, start, told};
-use kiln_tests::{Outcome, busybox, kiln};
+use kiln::{Copied, CopyOptions, FileError, Reason};
+use kiln_tests::library::{block_on, kept, sh, start};
 use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 
 /// More than what one message carried of a file that had to fit one; where KVM has no hardware to use, a MiB takes seconds.
 const LARGE_BYTES: u64 = (4 << 20) + 1;
 /// More than all buffers on the way hold.
 const SOME_BYTES: u64 = 1 << 20;
-
-async fn sh(vm: &Vm, script: &str) -> String {
-    told(vm.exec(["sh", "-c", script]).output().await.expect("a shell"))
-}
 
 /// Contents that tell where they are.
 fn contents(bytes: u64) -> Vec<u8> {
@@ -138,13 +133,9 @@ fn trees_go_in_and_come_out_by_the_rules_of_docker_cp() {
 
 #[test]
 fn a_transfer_outlasts_a_snapshot_and_a_kept_machine_has_files_too() {
-    let name = "files-kept";
-    let cli = |args: &[&str]| Outcome::of(kiln(["--quiet", "vm"]).args(args));
-    cli(&["rm", "--force", name]);
-    cli(&["create", "--name", name, &busybox().reference()]).code(0);
-    cli(&["start", name]).code(0);
+    let machine = kiln_tests::Vm::start("files-kept");
     block_on(async {
-        let vm = kept(name);
+        let vm = kept(machine.name);
         vm.write_file("/srv/file", 0o600, &contents(SOME_BYTES)[..]).await.expect("written");
         let mut file = vm.read_file("/srv/file").await.expect("opened");
         let mut first = vec![0; 100_000];
@@ -160,7 +151,6 @@ fn a_transfer_outlasts_a_snapshot_and_a_kept_machine_has_files_too() {
         let copied = vm.copy_out("/srv/file", host.path(), CopyOptions::default()).await.expect("copied");
         assert_eq!(copied.bytes, SOME_BYTES);
     });
-    cli(&["rm", "--force", name]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use kiln::{Image, OnRelease, Pool, PoolError, PoolStats, Vm};
+use kiln_tests::library::sh;
 use kiln_tests::{busybox, library};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
@@ -13,12 +14,6 @@ const PATIENCE: Duration = Duration::from_mins(5);
 
 async fn image() -> Image {
     library::image(&busybox()).build().await.expect("an image")
-}
-
-async fn output(vm: &Vm, script: &str) -> String {
-    let output = vm.exec(["sh", "-c", script]).output().await.expect("a shell runs");
-    assert!(output.status.success(), "{script}: {output:?}");
-    String::from_utf8(output.stdout).expect("text").trim().to_owned()
 }
 
 /// Waits until a pool is as it is to be.
@@ -76,13 +71,13 @@ async fn a_machine_comes_back_as_new() {
     for round in 0..4 {
         let vm = pool.acquire().await.expect("a machine");
         processes.push(vm.monitor_id());
-        let name = output(&vm, "hostname; cat /etc/hostname /proc/sys/kernel/random/boot_id").await;
+        let name = sh(&vm, "hostname; cat /etc/hostname /proc/sys/kernel/random/boot_id").await;
         assert!(!names.contains(&name), "{name}");
         names.push(name);
         let left = "cat /left /tmp/left /dev/shm/left 2>/dev/null; ps -o args | grep -c '[s]leep 1234'; true";
-        assert_eq!(output(&vm, left).await, "0", "round {round}");
+        assert_eq!(sh(&vm, left).await, "0", "round {round}");
         let leave = "for f in /left /tmp/left /dev/shm/left; do echo left > $f; done; sync; sleep 1234 >/dev/null 2>&1 &";
-        output(&vm, leave).await;
+        sh(&vm, leave).await;
         assert_eq!(pool.stats().leased, 1);
         vm.release();
     }
@@ -98,10 +93,10 @@ async fn a_machine_comes_back_as_new() {
 async fn a_machine_that_is_not_restored_is_as_its_last_owner_left_it() {
     let pool = image().await.pool().min(0).max(1).restore_on_release(false).build();
     let vm = pool.acquire().await.expect("a machine");
-    output(&vm, "echo mine > /left").await;
+    sh(&vm, "echo mine > /left").await;
     vm.release();
     let vm = pool.acquire().await.expect("the machine");
-    assert_eq!(output(&vm, "cat /left").await, "mine");
+    assert_eq!(sh(&vm, "cat /left").await, "mine");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,7 +181,7 @@ async fn machines_that_died_are_made_up_for() {
     let machines = [pool.acquire().await.expect("a machine"), pool.acquire().await.expect("another")];
     for vm in &machines {
         assert!(!dead.contains(&pid(vm)));
-        assert_eq!(output(vm, "echo alive").await, "alive");
+        assert_eq!(sh(vm, "echo alive").await, "alive");
     }
 }
 
@@ -232,7 +227,7 @@ async fn a_pool_that_is_dropped_leaves_what_is_leased() {
     let vm = pool.acquire().await.expect("a machine");
     until(&pool, |stats| stats.idle == 2).await;
     drop(pool);
-    assert_eq!(output(&vm, "echo on").await, "on");
+    assert_eq!(sh(&vm, "echo on").await, "on");
     let process = pid(&vm);
     vm.release();
     let gone = async {
@@ -314,7 +309,7 @@ async fn cycles_leave_nothing_behind() {
     for cycle in 0..cycles {
         let vm = pool.acquire().await.expect("a machine");
         let process = vm.monitor_id();
-        assert_eq!(output(&vm, "echo $((6 * 7))").await, "42");
+        assert_eq!(sh(&vm, "echo $((6 * 7))").await, "42");
         vm.release();
         if cycle % (cycles / 20).max(1) == 0 {
             until(&pool, |stats| stats.idle == 1).await;

@@ -1,8 +1,8 @@
 //! Ports of a guest that has no network, and what else is asked of a guest as a whole.
 
 use kiln::{Disk, GuestBundle, MonitorProgram, Reason, Scratch, Vm};
-use kiln_tests::library::{self, block_on, kept, start, told};
-use kiln_tests::{Outcome, busybox, from_environment, kiln, program};
+use kiln_tests::library::{self, block_on, kept, sh, start, told};
+use kiln_tests::{busybox, from_environment, program};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -10,10 +10,6 @@ use tokio::net::TcpStream;
 const ECHO: &str =
     "nc -ll -p 7 -e cat & until grep -q ':0007 ' /proc/net/tcp /proc/net/tcp6; do usleep 1000; done";
 const USR1: u32 = 10;
-
-async fn sh(vm: &Vm, script: &str) -> String {
-    told(vm.exec(["sh", "-c", script]).output().await.expect("a shell"))
-}
 
 /// What a stream sends back of this, once its end has been said.
 async fn echoed(
@@ -130,13 +126,9 @@ fn the_last_of_the_console_is_told_of_a_machine_that_runs_and_of_one_that_is_pau
 
 #[test]
 fn a_kept_machine_has_ports_too() {
-    let name = "ports-kept";
-    let cli = |args: &[&str]| Outcome::of(kiln(["--quiet", "vm"]).args(args));
-    cli(&["rm", "--force", name]);
-    cli(&["create", "--name", name, &busybox().reference()]).code(0);
-    cli(&["start", name]).code(0);
+    let machine = kiln_tests::Vm::start("ports-kept");
     block_on(async {
-        let vm = kept(name);
+        let vm = kept(machine.name);
         let server = format!("({ECHO}) >/dev/null 2>&1 </dev/null");
         told(vm.exec(["sh", "-c", &server]).output().await.expect("a shell"));
         assert_eq!(echoed(vm.connect_tcp(7).await.expect("somebody listens"), b"kept").await, b"kept");
@@ -157,5 +149,4 @@ fn a_kept_machine_has_ports_too() {
         };
         assert_eq!(refused.refusal(), Some(Reason::NotListening));
     });
-    cli(&["rm", "--force", name]);
 }

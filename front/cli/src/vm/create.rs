@@ -8,7 +8,7 @@ use super::args::Create;
 use super::{names, start};
 use crate::args::MachineFlags;
 use crate::failure::Failure;
-use crate::{Context, images, print, run, snapshots};
+use crate::{Context, images, print, snapshots};
 
 /// `kiln vm create`.
 ///
@@ -149,7 +149,7 @@ struct Named {
 }
 
 fn named(machines: &Machines, name: Option<String>) -> Result<Named, Failure> {
-    let id = run::random_name().map_err(Failure::host)?;
+    let id = kiln::random_name().map_err(Failure::host)?;
     Ok(Named { name: name.map_or_else(|| names::fresh(machines), Ok)?, id })
 }
 

@@ -3,7 +3,6 @@
 use kiln::detached::Machines;
 
 use crate::failure::Failure;
-use crate::run;
 
 /// How often two words are drawn that nobody has; more follow then.
 const DRAWS: usize = 8;
@@ -98,7 +97,7 @@ pub(super) fn fresh(machines: &Machines) -> Result<String, Failure> {
             return Ok(name);
         }
     }
-    let digits = run::random_name().map_err(Failure::host)?;
+    let digits = kiln::random_name().map_err(Failure::host)?;
     Ok(format!("{}_{}", drawn()?, &digits[..6]))
 }
 

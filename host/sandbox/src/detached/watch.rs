@@ -7,9 +7,10 @@ use std::path::Path;
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
-use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
 
 use super::DetachedError;
+use crate::readiness::Readiness;
 
 /// Room for what happened; the rest is read on the next turn.
 const BUFFER_BYTES: usize = 4096;
@@ -17,7 +18,8 @@ const BUFFER_BYTES: usize = 4096;
 /// Tells that files of a folder have changed. Linux man page inotify(7).
 #[derive(Debug)]
 pub struct Watch {
-    inotify: AsyncFd<OwnedFd>,
+    inotify: OwnedFd,
+    readiness: Readiness,
 }
 
 impl Watch {
@@ -31,22 +33,18 @@ impl Watch {
         let changes =
             WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::DELETE_SELF;
         inotify::add_watch(&inotify, folder, changes | WatchFlags::ONLYDIR)?;
-        #[expect(
-            deprecated,
-            reason = "the descriptor is owned here and stays the same; its successor is unsafe to call"
-        )]
-        let inotify = AsyncFd::new(inotify)?;
-        Ok(Self { inotify })
+        let readiness = Readiness::of(inotify.try_clone()?)?;
+        Ok(Self { inotify, readiness })
     }
 
     /// Waits until something has changed since this was last called. Safe to cancel.
     pub async fn changed(&mut self) {
         // The kernel has no reason to fail this; if it did, looking once too often harms nobody.
         let _ = self
-            .inotify
-            .async_io_mut(tokio::io::Interest::READABLE, |inotify| {
+            .readiness
+            .when(Interest::READABLE, || {
                 let mut buffer = [MaybeUninit::uninit(); BUFFER_BYTES];
-                let mut changes = inotify::Reader::new(inotify, &mut buffer);
+                let mut changes = inotify::Reader::new(&self.inotify, &mut buffer);
                 let mut changed = false;
                 loop {
                     match changes.next() {

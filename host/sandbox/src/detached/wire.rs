@@ -5,7 +5,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixDatagram as StdDatagram;
 use std::path::Path;
 
 use prost::{Enumeration, Message, Oneof};
@@ -15,10 +14,10 @@ use rustix::net::{
     sockopt,
 };
 use tokio::io::Interest;
-use tokio::net::UnixDatagram;
 
 use super::folder::SOCKET;
 use crate::monitor::channel::AsyncChannel;
+use crate::readiness::Readiness;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 16;
@@ -244,9 +243,7 @@ impl From<Blame> for crate::Blame {
 #[derive(Debug)]
 pub(super) struct Listener {
     socket: OwnedFd,
-    /// The same socket, for tokio's word on when there is somebody: it has no type for `SOCK_SEQPACKET`, but neither does
-    /// readiness differ between the types.
-    readiness: UnixDatagram,
+    readiness: Readiness,
 }
 
 impl Listener {
@@ -261,7 +258,7 @@ impl Listener {
         let (_folder, address) = address(folder)?;
         bind(&socket, &address)?;
         listen(&socket, BACKLOG)?;
-        let readiness = UnixDatagram::from_std(StdDatagram::from(socket.try_clone()?))?;
+        let readiness = Readiness::of(socket.try_clone()?)?;
         Ok(Self { socket, readiness })
     }
 
@@ -270,7 +267,7 @@ impl Listener {
     pub(super) async fn accept(&self) -> io::Result<AsyncChannel> {
         loop {
             let accept = || Ok(accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?);
-            let connection = self.readiness.async_io(Interest::READABLE, accept).await?;
+            let connection = self.readiness.when(Interest::READABLE, accept).await?;
             let peer = sockopt::socket_peercred(&connection)?;
             if peer.uid == rustix::process::geteuid() {
                 return AsyncChannel::new(connection);

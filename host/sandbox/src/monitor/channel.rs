@@ -2,27 +2,25 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixDatagram as StdDatagram;
 
 use kiln_control::{Channel, ChannelError};
 use prost::Message;
 use tokio::io::Interest;
-use tokio::net::UnixDatagram;
+
+use crate::readiness::Readiness;
 
 /// One end of a channel.
 #[derive(Debug)]
 pub(crate) struct AsyncChannel {
     channel: Channel,
-    /// The same socket, for tokio's word on when it is ready; tokio has no type for `SOCK_SEQPACKET`, but neither
-    /// does readiness differ between the packet types.
-    readiness: UnixDatagram,
+    readiness: Readiness,
 }
 
 impl AsyncChannel {
     /// Takes a `SOCK_SEQPACKET` Unix socket.
     pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        let readiness = UnixDatagram::from_std(StdDatagram::from(socket.try_clone()?))?;
+        let readiness = Readiness::of(socket.try_clone()?)?;
         Ok(Self { channel: Channel::new(socket), readiness })
     }
 
@@ -44,7 +42,7 @@ impl AsyncChannel {
         interest: Interest,
         mut attempt: impl FnMut() -> Result<T, ChannelError>,
     ) -> Result<T, ChannelError> {
-        let attempted = self.readiness.async_io(interest, || match attempt() {
+        let attempted = self.readiness.when(interest, || match attempt() {
             Err(ChannelError::Io(rustix::io::Errno::AGAIN)) => Err(io::ErrorKind::WouldBlock.into()),
             other => Ok(other),
         });

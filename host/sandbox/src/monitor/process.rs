@@ -4,18 +4,17 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixDatagram as StdDatagram;
 use std::process::ExitStatus;
 use std::sync::Arc;
 
 use kiln_jail::{Child, Launch, SpawnError};
 use tokio::io::Interest;
-use tokio::net::UnixDatagram;
 use tokio::net::unix::pipe;
 use tokio::runtime::Handle;
 
 use super::{MONITOR_NAME, MachineEnd, MonitorError, MonitorProgram};
 use crate::Blame;
+use crate::readiness::Readiness;
 
 /// What machines are made by. A monitor cannot open it, so it is given it.
 const DEVICE: &str = "/dev/kvm";
@@ -44,9 +43,8 @@ pub(super) struct Process {
 #[derive(Debug)]
 struct Running {
     child: Child,
-    /// The same descriptor, for tokio's word on when it is readable: when the process has ended. tokio has no type for it that
-    /// safe code can make, but neither does readiness differ from that of a socket.
-    readiness: UnixDatagram,
+    /// When the process has ended.
+    readiness: Readiness,
     /// Who waits for it should its handle be dropped.
     runtime: Handle,
 }
@@ -116,14 +114,14 @@ impl Drop for Process {
 impl Running {
     async fn ended(&self) -> io::Result<ExitStatus> {
         let wait = || self.child.try_wait()?.ok_or_else(|| io::ErrorKind::WouldBlock.into());
-        self.readiness.async_io(Interest::READABLE, wait).await
+        self.readiness.when(Interest::READABLE, wait).await
     }
 }
 
-fn readiness(child: &Child) -> io::Result<UnixDatagram> {
+fn readiness(child: &Child) -> io::Result<Readiness> {
     let descriptor = child.as_fd().try_clone_to_owned()?;
     rustix::io::ioctl_fionbio(&descriptor, true)?;
-    UnixDatagram::from_std(StdDatagram::from(descriptor))
+    Readiness::of(descriptor)
 }
 
 /// A stream that is nothing.

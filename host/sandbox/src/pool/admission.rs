@@ -7,6 +7,7 @@ use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::PoolError;
+use crate::HostStats;
 
 /// What a machine is expected to take before one was measured, in bytes.
 const FIRST_GUESS_BYTES: u64 = 16 << 20;
@@ -59,12 +60,9 @@ fn available_bytes() -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The memory that a process has and shares with nobody, nor with a file. Linux man page `proc_pid_statm(5)`.
+/// The memory that a process has and shares with nobody, nor with a file, while it lives.
 fn own_bytes(process_id: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{process_id}/statm")).ok()?;
-    let mut pages = text.split_ascii_whitespace().skip(1).map(str::parse::<u64>);
-    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
-    Some(resident.saturating_sub(shared) * rustix::param::page_size() as u64)
+    Some(HostStats::private_bytes_of(process_id)).filter(|bytes| *bytes > 0)
 }
 
 #[cfg(test)]

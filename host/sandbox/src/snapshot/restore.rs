@@ -63,8 +63,7 @@ pub(super) async fn restore(
     check_header(snapshot)?;
     let generation = generation(hostname)?;
     let mut descriptors = Descriptors::default();
-    let order = order(snapshot, disks, console, &mut descriptors)?;
-    let order = Restore { generation: Some(generation.encode().to_vec()), ..order };
+    let order = order(snapshot, disks, console, Some(&generation), &mut descriptors)?;
     let coming_up = async {
         monitor.restore(order, descriptors.as_slice()).await?;
         let mut times = monitor.entered().await?;
@@ -85,10 +84,8 @@ pub(super) async fn restore(
     };
     match tokio::time::timeout(ADOPT_LIMIT, coming_up).await {
         Ok(Ok(times)) => Ok((monitor, times)),
-        Ok(Err(
-            NotAdopted::Monitor(MonitorError::Ended(end)) | NotAdopted::AtPort(AgentError::MachineEnded(end)),
-        )) => Err(SnapshotError::Refused(end).into()),
-        Ok(Err(NotAdopted::Monitor(error))) => Err(error.into()),
+        Ok(Err(NotAdopted::AtPort(AgentError::MachineEnded(end)))) => Err(SnapshotError::Refused(end).into()),
+        Ok(Err(NotAdopted::Monitor(error))) => Err(refused(error)),
         Ok(Err(NotAdopted::AtPort(error))) => {
             monitor.stop().await;
             Err(SnapshotError::NotAdopted(error).into())
@@ -102,6 +99,7 @@ fn order<'fd>(
     snapshot: &'fd Snapshot,
     disks: &[&'fd Disk],
     console: Option<&'fd OwnedFd>,
+    generation: Option<&Generation>,
     descriptors: &mut Descriptors<'fd>,
 ) -> Result<Restore, VmError> {
     let order = Restore {
@@ -110,7 +108,8 @@ fn order<'fd>(
         disks: disk::describe(disks, descriptors),
         console_fd: console.map(|console| descriptors.add(console)),
         cid: GUEST_CID,
-        ..Restore::default()
+        generation: generation.map(|generation| generation.encode().to_vec()),
+        stand: false,
     };
     check_fit(descriptors)?;
     Ok(order)
@@ -121,11 +120,15 @@ fn order<'fd>(
 pub(crate) async fn stand(monitor: &Monitor, snapshot: &Snapshot, disks: &[&Disk]) -> Result<(), VmError> {
     check_header(snapshot)?;
     let mut descriptors = Descriptors::default();
-    let order = order(snapshot, disks, None, &mut descriptors)?;
-    match monitor.stand(order, descriptors.as_slice()).await {
-        Ok(_) => Ok(()),
-        Err(MonitorError::Ended(end)) => Err(SnapshotError::Refused(end).into()),
-        Err(error) => Err(error.into()),
+    let order = order(snapshot, disks, None, None, &mut descriptors)?;
+    monitor.stand(order, descriptors.as_slice()).await.map(drop).map_err(refused)
+}
+
+/// What it means that a monitor did not make the machine of a snapshot: one whose machine ended had something against it.
+fn refused(error: MonitorError) -> VmError {
+    match error {
+        MonitorError::Ended(end) => SnapshotError::Refused(end).into(),
+        error => error.into(),
     }
 }
 
@@ -146,13 +149,9 @@ pub(crate) async fn make(
     check_header(snapshot)?;
     let generation = generation(hostname)?;
     let mut descriptors = Descriptors::default();
-    let order = order(snapshot, disks, None, &mut descriptors)?;
-    let order = Restore { generation: Some(generation.encode().to_vec()), ..order };
-    match monitor.restore_as(order, descriptors.as_slice()).await {
-        Ok(times) => told(monitor, generation, times).await,
-        Err(MonitorError::Ended(end)) => Err(SnapshotError::Refused(end).into()),
-        Err(error) => Err(error.into()),
-    }
+    let order = order(snapshot, disks, None, Some(&generation), &mut descriptors)?;
+    let times = monitor.restore_as(order, descriptors.as_slice()).await.map_err(refused)?;
+    told(monitor, generation, times).await
 }
 
 /// Tells a guest that waits at its port who it is.

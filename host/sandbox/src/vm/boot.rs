@@ -1,5 +1,6 @@
 //! A machine that boots, and what every guest is asked first.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use kiln_control::Start;
 use kiln_protocol::mailbox::ENTROPY_BYTES;
 use kiln_protocol::{AGENT_PORT, Call, Outcome, Setup};
 use rustix::time::{ClockId, clock_gettime};
+use tokio::task::JoinHandle;
 
 use super::{GUEST_CID, Phase, VmBuilder, VmError};
 use crate::agent::{self, AgentError};
@@ -101,7 +103,12 @@ pub(super) async fn make_scratch(folder: PathBuf, size_bytes: u64) -> Result<Dis
 
 /// Does what blocks where it holds nobody up.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
+    joined(tokio::task::spawn_blocking(work)).await
+}
+
+/// Waits for a task that nobody cancels.
+pub(crate) async fn joined<T>(task: JoinHandle<T>) -> T {
+    match task.await {
         Ok(done) => done,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
@@ -116,6 +123,16 @@ pub(crate) fn random<const N: usize>() -> Result<[u8; N], VmError> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|error| VmError::Entropy(error.into()))?;
     Ok(bytes)
+}
+
+/// Twelve random hexadecimal digits, as Docker names its containers.
+///
+/// # Errors
+/// When the host has no random numbers to give.
+pub fn random_name() -> io::Result<String> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes[2..])?;
+    Ok(format!("{:012x}", u64::from_be_bytes(bytes)))
 }
 
 /// Seconds since 1970-01-01 UTC.

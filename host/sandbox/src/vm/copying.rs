@@ -17,7 +17,7 @@ use kiln_control::Portion;
 use kiln_store::{ObjectId, Snapshot, SnapshotImage, SnapshotKind, SnapshotRecord, Store, StoreError};
 use kiln_support::digest::{Digest, Hasher};
 
-use super::boot::{blocking, random, unix_s};
+use super::boot::{blocking, joined, random, unix_s};
 use super::{Machine, Times, Vm, VmError};
 use crate::GuestBundle;
 use crate::disk::{Disk, nameless_file};
@@ -134,14 +134,7 @@ impl MachineCopy {
 
 /// Does what must not end in the middle, whoever waits for it.
 async fn finish<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
-    match tokio::spawn(work).await {
-        Ok(done) => done,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime shuts down, and with it whoever waits.
-            Err(_) => std::future::pending().await,
-        },
-    }
+    joined(tokio::spawn(work)).await
 }
 
 impl Machine {

@@ -52,6 +52,12 @@ impl HostStats {
         Self::from_tables(&read("statm"), &read("status"), &read("stat"))
     }
 
+    /// [`private_bytes`](Self::private_bytes) alone, for one small read.
+    pub(crate) fn private_bytes_of(process_id: u32) -> u64 {
+        let statm = fs::read_to_string(format!("/proc/{process_id}/statm")).unwrap_or_default();
+        Self::from_tables(&statm, "", "").private_bytes
+    }
+
     /// Linux man pages `proc_pid_statm(5)`, `proc_pid_status(5)` and `proc_pid_stat(5)`.
     fn from_tables(statm: &str, status: &str, stat: &str) -> Self {
         let page_bytes = rustix::param::page_size() as u64;
