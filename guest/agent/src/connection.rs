@@ -168,6 +168,7 @@ pub(crate) fn data(slot: usize, source: Option<Source>) -> EventData {
         Some(Source::Stderr) => 5,
         Some(Source::Awaited) => 6,
         Some(Source::Dialed) => 7,
+        Some(Source::Signal) => 8,
     };
     EventData::new_u64((slot as u64) << 8 | source)
 }
@@ -182,6 +183,7 @@ pub(crate) fn source(data: u64) -> Option<Source> {
         5 => Source::Stderr,
         6 => Source::Awaited,
         7 => Source::Dialed,
+        8 => Source::Signal,
         _ => return None,
     })
 }

@@ -18,8 +18,9 @@ use rustix::io::Errno;
 use crate::failure::{failed, internal};
 use crate::identity::Life;
 use crate::session::one_shot;
+use crate::signals::SIGKILL;
 use crate::sys::{self, Child};
-use crate::workload::{SIGKILL, Workload};
+use crate::workload::Workload;
 
 const DIRECTORY: &str = "/etc/kiln/on-restore.d";
 /// The most programs run.

@@ -33,6 +33,7 @@ mod relay;
 pub mod server;
 mod session;
 pub mod setup;
+mod signals;
 pub mod sys;
 mod transfer;
 mod user;

@@ -183,7 +183,10 @@ fn reach(port: u16, tried: usize, registrar: &Registrar<'_>) -> Result<(OwnedFd,
     ))
 }
 
-/// Nothing is there to connect to, or no such address.
+/// Nothing is there to connect to, or what was has gone before it took the connection, or no such address.
 fn is_refusal(error: Errno) -> bool {
-    matches!(error, Errno::CONNREFUSED | Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL | Errno::NETUNREACH)
+    matches!(
+        error,
+        Errno::CONNREFUSED | Errno::CONNRESET | Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL | Errno::NETUNREACH
+    )
 }

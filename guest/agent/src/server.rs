@@ -49,6 +49,7 @@ use crate::power::Power;
 use crate::relay::Relay;
 use crate::session::{Registrar, Session, Source, Violation, one_shot};
 use crate::setup::Prepared;
+use crate::signals::{SIGKILL, SIGTERM};
 use crate::transfer::{Receiving, Sending};
 use crate::workload::{Place, Workload};
 use crate::{extra, mounts, sys};
@@ -393,16 +394,24 @@ impl<'a> Agent<'a> {
         self.has_root()?;
         let Some(workload) = &self.workload else { return Ok(()) };
         if workload.signal_all(number)? {
-            for connection in self.connections.iter_mut().flatten() {
-                if let Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session) =
-                    &mut connection.stage
-                    && session.is_first()
-                {
-                    session.signal_process(number);
-                }
-            }
+            self.signal_first(number);
         }
         Ok(())
+    }
+
+    /// Sends a signal to the command that is process 1.
+    fn signal_first(&mut self, number: u32) {
+        for (slot, connection) in self.connections.iter_mut().enumerate() {
+            if let Some(Connection {
+                stage: Stage::Running(session) | Stage::Abandoned(session) | Stage::Detached(session),
+                ..
+            }) = connection
+                && session.is_first()
+            {
+                let files = |source| data(slot, Some(source));
+                session.signal(number, false, &Registrar { epoll: self.epoll.as_fd(), data: &files });
+            }
+        }
     }
 
     /// Begins to make a TCP connection.
@@ -459,7 +468,10 @@ impl<'a> Agent<'a> {
                 }
                 ToAgent::Stdin(bytes) => session.stdin(bytes)?,
                 ToAgent::StdinEnd => session.end_stdin(),
-                ToAgent::Signal(number) => session.signal(number),
+                ToAgent::Signal(number) => {
+                    let files = |source| data(slot, Some(source));
+                    session.signal(number, true, &Registrar { epoll: self.epoll.as_fd(), data: &files });
+                }
                 ToAgent::Resize(size) => session.resize(size),
                 ToAgent::StdoutCredit(bytes) => session.grant(0, bytes),
                 ToAgent::StderrCredit(bytes) => session.grant(1, bytes),
@@ -594,7 +606,7 @@ impl<'a> Agent<'a> {
         match Session::new(running, timeout_ms, &registrar) {
             Ok(session) => Ok((session, pid)),
             Err((running, error)) => {
-                let _ = sys::signal(running.child.pid, !running.is_first, crate::workload::SIGKILL);
+                let _ = sys::signal(running.child.pid, !running.is_first, SIGKILL);
                 let _ = sys::reap(running.child.pid, true);
                 if running.is_first {
                     workload.first_has_ended();
@@ -620,7 +632,8 @@ impl<'a> Agent<'a> {
             }),
         };
         match &timer {
-            Some(_) => workload.ask_to_end(),
+            Some(_) if workload.ask_to_end() => self.signal_first(SIGTERM),
+            Some(_) => {}
             None => workload.end(),
         }
         self.stopping = Some(Stopping { asked_by: slot, grace: timer, commands_have_ended: false });

@@ -21,13 +21,18 @@ use rustix::time::{
 };
 
 use crate::failure::internal;
+use crate::signals::{self, Fate, SIGKILL};
 use crate::sys::{self, Ended};
-use crate::workload::{self, Chain, Running, SIGKILL, Workload};
+use crate::workload::{self, Chain, Running, Workload};
 
 /// The most a terminal can hold of what a command wrote before it ended: 64 KiB on the way and a line buffer.
 const MAX_TERMINAL_BYTES: u64 = 128 << 10;
 /// How much stdin the command takes before the host hears of it: a frame for every few keys would cost more.
 const GRANT_BYTES: u64 = INITIAL_CREDIT_BYTES / 2;
+/// How often one looks what became of a signal: after a millisecond, then each time after twice as long, but no longer than the
+/// longest pause: for a second. Who keeps it blocked for longer does so on purpose.
+const LOOKS: u32 = 36;
+const LONGEST_PAUSE_MS: u64 = 32;
 /// What ends input at a terminal: Ctrl-D.
 const END_OF_TRANSMISSION: u8 = 4;
 
@@ -48,6 +53,8 @@ pub(crate) enum Source {
     Awaited,
     /// A TCP connection is ready; no command is.
     Dialed,
+    /// It is time to look what became of a signal.
+    Signal,
 }
 
 /// Registers the files of one session with the event loop.
@@ -87,8 +94,16 @@ pub(crate) struct Session {
     last_words: String,
     /// The most memory one of the chain had resident, in KiB.
     peak_rss_kib: u64,
+    /// A signal to process 1 of which the fate is open.
+    open: Option<OpenSignal>,
     /// The signal that SIGKILL stood in for.
     stood_in_for: Option<u32>,
+}
+
+struct OpenSignal {
+    number: u32,
+    looks: u32,
+    timer: OwnedFd,
 }
 
 impl Session {
@@ -124,6 +139,7 @@ impl Session {
             due: None,
             last_words: String::new(),
             peak_rss_kib: 0,
+            open: None,
             stood_in_for: None,
         })
     }
@@ -200,6 +216,7 @@ impl Session {
         match source {
             Source::Child => self.reap(),
             Source::Timer => self.time_is_up(),
+            Source::Signal => self.look_again(),
             Source::Stdin => self.input.writable = true,
             Source::Awaited | Source::Dialed => {}
             Source::Stdout | Source::Stderr => {
@@ -246,18 +263,49 @@ impl Session {
         }
     }
 
-    /// Sends a signal to the command's process group.
-    pub(crate) fn signal(&mut self, number: u32) {
-        if self.runs() && workload::deliver(self.running.child.pid, self.is_first(), true, number) {
-            self.stood_in_for.get_or_insert(number);
+    /// Sends a signal to the command's process group, or to its own process alone.
+    pub(crate) fn signal(&mut self, number: u32, group: bool, registrar: &Registrar<'_>) {
+        if !self.runs() || !signals::exists(number) {
+            return;
+        }
+        let _ = sys::signal(self.running.child.pid, group, number);
+        if !self.is_first() || !signals::ends_a_process(number) {
+            return;
+        }
+        match signals::fate(number) {
+            Fate::Received => {}
+            Fate::Dropped => self.stand_in_for(number),
+            // Without word of the time to look, what is dropped later is lost, as it is to any process 1.
+            Fate::Open => {
+                self.open = one_shot(1)
+                    .and_then(|timer| {
+                        registrar.add(Source::Signal, &timer, EventFlags::IN)?;
+                        Ok(OpenSignal { number, looks: 0, timer })
+                    })
+                    .ok();
+            }
         }
     }
 
-    /// Sends a signal to the command's own process.
-    pub(crate) fn signal_process(&mut self, number: u32) {
-        if self.runs() && workload::deliver(self.running.child.pid, self.is_first(), false, number) {
-            self.stood_in_for.get_or_insert(number);
+    fn look_again(&mut self) {
+        // An event of a signal, or of a session, that was here before says nothing about this one.
+        let due = |open: &mut OpenSignal| rustix::io::read(&open.timer, &mut [0; 8]).is_ok();
+        let Some(mut open) = self.open.take_if(due).filter(|_| self.runs()) else { return };
+        open.looks += 1;
+        match signals::fate(open.number) {
+            Fate::Dropped => self.stand_in_for(open.number),
+            Fate::Open
+                if open.looks < LOOKS && set(&open.timer, LONGEST_PAUSE_MS.min(1 << open.looks)).is_ok() =>
+            {
+                self.open = Some(open);
+            }
+            Fate::Open | Fate::Received => {}
         }
+    }
+
+    fn stand_in_for(&mut self, number: u32) {
+        self.kill();
+        self.stood_in_for.get_or_insert(number);
     }
 
     /// Kills the command's process group, or everything when it is process 1 of its namespace.
@@ -331,6 +379,7 @@ impl Session {
         self.ended = Some(ended);
         self.chain = None;
         self.timer = None;
+        self.open = None;
         self.input.close();
         self.outputs.iter_mut().for_each(Output::end);
     }

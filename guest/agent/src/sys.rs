@@ -16,6 +16,7 @@ mod random;
 mod read;
 mod vsock;
 
+pub(crate) use arch::RT_SIGTIMEDWAIT;
 pub use child::{
     Child, END_WITH_ORPHANS, Ended, Failure, Stage, Start, reap, signal, signal_all, start, start_reaper,
 };

@@ -29,15 +29,9 @@ use crate::command::Command;
 use crate::failure::{internal, invalid, unusable_directory};
 use crate::freezer::{Frozen, Groups};
 use crate::identity::Files;
+use crate::signals::{self, SIGKILL, SIGTERM};
 use crate::sys::{self, Child, Stage, Start};
 use crate::{files, mounts, transfer};
-
-/// SIGTERM, which every process has the time to act on.
-pub(crate) const SIGTERM: u32 = 15;
-/// The largest signal number.
-const MAX_SIGNAL: u32 = 64;
-/// SIGKILL, which none has.
-pub(crate) const SIGKILL: u32 = 9;
 
 /// Where commands run: what set-up leaves behind.
 pub struct Place {
@@ -375,22 +369,18 @@ impl Workload {
         matches!(self.first, First::Missing | First::Ended)
     }
 
-    /// Asks every process to end: the command that is process 1, as `docker stop` does, or all through the reaper.
-    pub(crate) fn ask_to_end(&self) {
-        match &self.first {
-            First::Command(pid) => {
-                deliver(*pid, true, false, SIGTERM);
-            }
-            First::Reaper(child) => {
-                let _ = sys::signal(child.pid, false, SIGTERM);
-            }
-            First::Missing | First::Ended => {}
+    /// Asks every process to end, through the reaper. Whether a command is process 1 instead, which its session asks, as
+    /// `docker stop` does.
+    pub(crate) fn ask_to_end(&self) -> bool {
+        if let First::Reaper(child) = &self.first {
+            let _ = sys::signal(child.pid, false, SIGTERM);
         }
+        matches!(self.first, First::Command(_))
     }
 
     /// Sends a signal to every process, through the reaper. Whether a command is process 1 instead, which its session signals.
     pub(crate) fn signal_all(&self, number: u32) -> Result<bool, Failed> {
-        if !(1..=MAX_SIGNAL).contains(&number) {
+        if !signals::exists(number) {
             return Err(invalid("a signal is a number from 1 to 64".into()));
         }
         match &self.first {
@@ -415,47 +405,6 @@ impl Workload {
             let _ = sys::signal(*pid, false, SIGKILL);
         }
     }
-}
-
-/// Sends a signal to process 1 of the namespace (`is_first`) or another command; returns whether SIGKILL had to stand
-/// in for it.
-///
-/// The kernel drops a signal to a process 1 that has set up nothing for it, which makes Ctrl-C of `docker run sleep`
-/// useless. Here the signal does what it would do to any other process.
-pub(crate) fn deliver(pid: Pid, is_first: bool, group: bool, number: u32) -> bool {
-    if !(1..=MAX_SIGNAL).contains(&number) {
-        return false;
-    }
-    let _ = sys::signal(pid, group, number);
-    if is_first
-        && ends_a_process(number)
-        && files::read("/proc/1/status").is_ok_and(|status| drops(&status, number))
-    {
-        let _ = sys::signal(pid, false, SIGKILL);
-        return true;
-    }
-    false
-}
-
-/// Whether the default action of a signal is to end the process. Linux man page signal(7).
-fn ends_a_process(number: u32) -> bool {
-    /// CHLD, CONT, STOP, TSTP, TTIN, TTOU, URG, WINCH; KILL needs no help.
-    const OTHERS: [u32; 9] = [SIGKILL, 17, 18, 19, 20, 21, 22, 23, 28];
-    !OTHERS.contains(&number)
-}
-
-/// Whether a process with this /proc/PID/status neither catches nor ignores nor blocks a signal: process 1 then never
-/// sees it.
-fn drops(status: &[u8], number: u32) -> bool {
-    let bit = 1_u64.checked_shl(number.wrapping_sub(1)).unwrap_or(0);
-    ["SigBlk:", "SigIgn:", "SigCgt:"].iter().all(|name| {
-        status
-            .split(|byte| *byte == b'\n')
-            .find_map(|line| line.strip_prefix(name.as_bytes()))
-            .and_then(|mask| core::str::from_utf8(mask).ok())
-            .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-            .is_some_and(|mask| mask & bit == 0)
-    })
 }
 
 /// Sets a terminal's size; sizes are 16 bits.
@@ -496,34 +445,4 @@ fn pipe(uid: Uid) -> Result<(OwnedFd, OwnedFd), Errno> {
 
 fn give(stream: &OwnedFd, uid: Uid) -> Result<(), Errno> {
     if uid == Uid::ROOT { Ok(()) } else { rustix::fs::fchown(stream, Some(uid), None) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn status(blocked: u64, ignored: u64, caught: u64) -> String {
-        format!(
-            "Name:\tx\nSigPnd:\t{:016x}\nSigBlk:\t{blocked:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{caught:016x}\n",
-            !0_u64
-        )
-    }
-
-    #[test]
-    fn process_1_drops_only_what_it_has_set_up_nothing_for() {
-        let term = 1 << (SIGTERM - 1);
-        assert!(drops(status(0, 0, 0).as_bytes(), SIGTERM));
-        assert!(drops(status(!term, !term, !term).as_bytes(), SIGTERM));
-        assert!(!drops(status(term, 0, 0).as_bytes(), SIGTERM));
-        assert!(!drops(status(0, term, 0).as_bytes(), SIGTERM));
-        assert!(!drops(status(0, 0, term).as_bytes(), SIGTERM));
-        assert!(!drops(b"", SIGTERM));
-        assert!(!drops(b"SigBlk:\tx\nSigIgn:\t0\nSigCgt:\t0\n", SIGTERM));
-    }
-
-    #[test]
-    fn stopping_and_telling_signals_do_not_end_a_process() {
-        assert!([1, 2, 3, 6, 10, 12, 13, 14, 15, 34, 64].into_iter().all(ends_a_process));
-        assert!(![9, 17, 18, 19, 20, 21, 22, 23, 28].into_iter().any(ends_a_process));
-    }
 }

@@ -107,6 +107,21 @@ fn a_port_on_which_nothing_listens_is_refused_and_what_is_none_too() {
 }
 
 #[test]
+fn a_server_that_goes_before_it_takes_a_connection_is_none() {
+    let guest = Guest::with_reaper();
+    for _ in 0..200 {
+        let (listener, port) = listener("127.0.0.1");
+        let mut stream = guest.connect();
+        stream.request(Call::Dial(Dial { port: port.into() }));
+        drop(listener);
+        match stream.reply() {
+            Outcome::Done(_) => {}
+            outcome => assert_eq!(refusal(&outcome), Reason::NotListening, "{outcome:?}"),
+        }
+    }
+}
+
+#[test]
 fn a_client_that_goes_takes_its_connection_along() {
     let guest = Guest::with_reaper();
     let (listener, port) = listener("127.0.0.1");

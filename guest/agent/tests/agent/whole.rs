@@ -2,7 +2,7 @@
 
 use kiln_protocol::{Call, Hello, Measure, Measured, Outcome, Reason, Signal};
 
-use crate::guest::{Guest, sh};
+use crate::guest::{Guest, exec, sh};
 
 const USR1: u32 = 10;
 const USR2: u32 = 12;
@@ -58,6 +58,34 @@ fn a_command_that_is_process_1_gets_the_signal_itself() {
     assert_eq!(signal(&guest, TERM), Ok(()));
     assert_eq!(command.finish().exited.signal, TERM);
     assert_eq!(signal(&guest, TERM), Err(Reason::Invalid), "there is none any more");
+}
+
+#[test]
+fn a_signal_that_process_1_has_blocked_for_a_moment_is_not_lost() {
+    // A shell blocks all signals whenever it starts a program.
+    for _ in 0..20 {
+        let guest = Guest::new();
+        let mut command = guest.start(sh("echo ready; while :; do sleep 0.001; done"));
+        command.read_until("ready");
+        assert_eq!(signal(&guest, TERM), Ok(()));
+        assert_eq!(command.finish().exited.signal, TERM);
+    }
+}
+
+#[test]
+fn a_signal_that_process_1_keeps_blocked_is_its_own() {
+    let guest = Guest::new();
+    let command = guest.start(exec(["env", "--block-signal=TERM", "sleep", "1000"]));
+    let blocked = "until grep -q 'SigBlk:.*4000$' /proc/1/status; do sleep 0.01; done";
+    assert_eq!(guest.sh(blocked).text(), "");
+    assert_eq!(signal(&guest, TERM), Ok(()));
+    // For longer than anybody looks.
+    assert_eq!(
+        guest.sh("sleep 2; grep -o 'ShdPnd:.*4000$' /proc/1/status").text(),
+        "ShdPnd:\t0000000000004000\n"
+    );
+    assert_eq!(signal(&guest, USR1), Ok(()));
+    assert_eq!(command.finish().exited.signal, USR1);
 }
 
 #[test]
