@@ -109,14 +109,20 @@ fn a_port_on_which_nothing_listens_is_refused_and_what_is_none_too() {
 #[test]
 fn a_server_that_goes_before_it_takes_a_connection_is_none() {
     let guest = Guest::with_reaper();
-    for _ in 0..200 {
+    // Many at once, so that between a connection and word of it is time for the server to go.
+    for after in 0..100 {
         let (listener, port) = listener("127.0.0.1");
-        let mut stream = guest.connect();
-        stream.request(Call::Dial(Dial { port: port.into() }));
+        let mut streams: Vec<_> = (0..MAX_RELAYS / 2).map(|_| guest.connect()).collect();
+        for stream in &mut streams {
+            stream.request(Call::Dial(Dial { port: port.into() }));
+        }
+        (0..after * 1000).for_each(|_| std::hint::spin_loop());
         drop(listener);
-        match stream.reply() {
-            Outcome::Done(_) => {}
-            outcome => assert_eq!(refusal(&outcome), Reason::NotListening, "{outcome:?}"),
+        for mut stream in streams {
+            match stream.reply() {
+                Outcome::Done(_) => {}
+                outcome => assert_eq!(refusal(&outcome), Reason::NotListening, "{outcome:?}"),
+            }
         }
     }
 }
