@@ -6,8 +6,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
-use kiln::{Image, Pool, PoolStats};
+use anyhow::{Context as _, Result, bail};
+use kiln::{Image, Pool, PoolStats, Vm};
 use kiln_testkit::guest::Guest;
 
 use crate::firecracker::Firecracker;
@@ -48,34 +48,19 @@ async fn pooled(report: &mut Report, runs: usize, image: &Image, theirs: Option<
         // Nothing else is under way while the clock runs.
         until(&waiting, |stats| stats.idle == 1).await?;
         until(&in_shell, |stats| stats.shells == 1).await?;
-        let (start, start_ns) = (Instant::now(), kiln_vmm::monotonic().0);
-        let vm = waiting.acquire().await?;
-        let (ready, end_ns) = (microseconds(start), kiln_vmm::monotonic().0);
-        if let kiln::Times::Restore(times) = vm.times() {
-            for (phase, from, to) in [
-                ("  -> its monitor has heard", start_ns, times.ordered_ns),
-                ("  -> vCPU in guest", times.ordered_ns, times.entered_ns),
-                ("  -> the agent's acknowledgement", times.entered_ns, times.resumed_ns),
-                ("  -> the host knows", times.resumed_ns, end_ns),
-            ] {
-                report.add(phase, "us", to.saturating_sub(from) as f64 / 1e3);
-            }
-        }
-        report.add("ready: acquire from those that wait -> the agent's acknowledgement", "us", ready);
+        let what = "ready: acquire from those that wait -> the agent's acknowledgement";
+        let (vm, ready) = acquired(report, what, &waiting).await?;
         drop(vm);
         let start = Instant::now();
         until(&waiting, |stats| stats.idle == 1).await?;
         report.add("recycle: released -> the next waits, nothing written", "us", microseconds(start));
 
-        let start = Instant::now();
-        let vm = in_shell.acquire().await?;
-        let restored = microseconds(start);
-        report.add("ready: acquire, restored in a shell on the way -> acknowledgement", "us", restored);
+        let what = "ready: acquire, restored in a shell on the way -> acknowledgement";
+        let (vm, restored) = acquired(report, what, &in_shell).await?;
         vm.stop().await;
 
-        let start = Instant::now();
-        let vm = from_nothing.acquire().await?;
-        report.add("ready: acquire, made from nothing -> acknowledgement", "us", microseconds(start));
+        let what = "ready: acquire, made from nothing -> acknowledgement";
+        let (vm, _) = acquired(report, what, &from_nothing).await?;
         vm.stop().await;
 
         let start = Instant::now();
@@ -95,6 +80,28 @@ async fn pooled(report: &mut Report, runs: usize, image: &Image, theirs: Option<
         pool.shutdown().await;
     }
     Ok(())
+}
+
+/// Acquires a machine, as one of a server's tasks does, and reports how long that took and where.
+async fn acquired(report: &mut Report, what: &str, pool: &Pool) -> Result<(Vm, f64)> {
+    let pool = pool.clone();
+    let acquiring = tokio::spawn(async move {
+        let start = kiln_vmm::monotonic().0;
+        pool.acquire().await.map(|vm| (vm, start, kiln_vmm::monotonic().0))
+    });
+    let (vm, start, end) = acquiring.await??;
+    let kiln::Times::Restore(times) = vm.times() else { bail!("a machine that booted") };
+    let us = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e3;
+    report.add(what, "us", us(start, end));
+    for (phase, from, to) in [
+        ("its monitor has heard", start, times.ordered_ns),
+        ("vCPU in guest", times.ordered_ns, times.entered_ns),
+        ("the agent's acknowledgement", times.entered_ns, times.resumed_ns),
+        ("the host knows", times.resumed_ns, end),
+    ] {
+        report.add(&format!("{what}: -> {phase}"), "us", us(from, to));
+    }
+    Ok((vm, us(start, end)))
 }
 
 /// All of a burst of acquisitions from a pool that has nothing.

@@ -33,7 +33,7 @@ pub enum Do {
     /// Stops the machine between two instructions. Answered by [`Paused`].
     #[prost(message, tag = "6")]
     Pause(Pause),
-    /// Lets a paused or parked machine go on. Answered by [`Entered`].
+    /// Lets a paused or parked machine go on. Answered by [`Entered`], or by [`Resumed`] where the monitor gives it a generation.
     #[prost(message, tag = "7")]
     Resume(Resume),
     /// Writes the memory of a machine to a file. Answered by [`Saved`].
@@ -349,6 +349,9 @@ pub struct Resumed {
     /// Host `CLOCK_MONOTONIC` in nanoseconds when the doorbell rang.
     #[prost(uint64, tag = "1")]
     pub at_ns: u64,
+    /// When it had been entered, which is not told by itself: the host would wake for it while the agent answers.
+    #[prost(message, optional, tag = "2")]
+    pub entered: Option<Entered>,
 }
 
 /// The guest took on its identity.

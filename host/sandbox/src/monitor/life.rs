@@ -92,6 +92,9 @@ impl Life {
                 (self.restore.resumed_ns, self.restore.adopted_ns) = (0, 0);
             }
             Happened::Resumed(resumed) => {
+                if let Some(entered) = resumed.entered {
+                    self.take(Happened::Entered(entered));
+                }
                 self.resumed += 1;
                 self.restore.resumed_ns = resumed.at_ns;
             }
@@ -185,7 +188,9 @@ mod tests {
     #[tokio::test]
     async fn what_happened_before_the_end_is_known_after_it() {
         let (sender, life) = watch::channel(Life::default());
-        sender.send_modify(|life| life.take(Happened::Resumed(kiln_control::Resumed { at_ns: 7 })));
+        sender.send_modify(|life| {
+            life.take(Happened::Resumed(kiln_control::Resumed { at_ns: 7, entered: None }))
+        });
         sender.send_modify(|life| life.end = Some(Arc::new(MachineEnd::PowerOff)));
         let resumed = reach(life.clone(), |life| (life.resumed > 0).then_some(life.restore.resumed_ns)).await;
         assert_eq!(resumed.ok(), Some(7));

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kiln_control::{Adopted, Booted, Channel, ChannelError, Event, Happened, Ready, Resumed};
+use kiln_control::{Adopted, Booted, Channel, ChannelError, Entered, Event, Happened, Ready, Resumed};
 use kiln_memory::GuestMemory;
 use kiln_virtio::VsockPorts;
 
@@ -28,6 +28,8 @@ pub(super) struct Reporter {
 struct Mail {
     memory: Option<GuestMemory>,
     stage: Stage,
+    /// To be told with the acknowledgement.
+    entered: Option<Entered>,
 }
 
 /// How far the guest has come in becoming another.
@@ -36,8 +38,10 @@ enum Stage {
     /// It has no mail.
     #[default]
     Done,
-    /// It has mail.
+    /// It has mail, and does not run.
     Sent(Id),
+    /// It runs, and has not taken it.
+    Entered(Id),
     /// It knows who it is to be.
     Taken,
 }
@@ -82,6 +86,18 @@ impl Reporter {
         self.lock().stage = Stage::Sent(id);
     }
 
+    /// Tells that the guest is about to be entered: at once, or with its acknowledgement when it has mail to take.
+    pub(super) fn enters(&self, entered: Entered) -> Result<(), ChannelError> {
+        let mut mail = self.lock();
+        if let Stage::Sent(id) = mail.stage {
+            (mail.stage, mail.entered) = (Stage::Entered(id), Some(entered));
+            return Ok(());
+        }
+        mail.entered = None;
+        drop(mail);
+        send(&self.channel, Happened::Entered(entered))
+    }
+
     fn report(&self, notice: Notice) {
         let happened = match notice {
             Notice::Entered(at) => {
@@ -102,20 +118,25 @@ impl Reporter {
             Notice::Doorbell(..) => None,
         };
         if let Some(happened) = happened {
+            let is_awaited = matches!(happened, Happened::Resumed(_));
             // A host that is gone is noticed by the thread that reads from it.
             let _ = send(&self.channel, happened);
+            if is_awaited {
+                // Who waits for it comes first where both have one processor.
+                std::thread::yield_now();
+            }
         }
     }
 
     /// The guest says that it has taken its mail, which counts when it says whose.
     fn taken(&self, at: Nanoseconds) -> Option<Happened> {
         let mut mail = self.lock();
-        let (Stage::Sent(id), Some(memory)) = (mail.stage, &mail.memory) else { return None };
+        let (Stage::Entered(id), Some(memory)) = (mail.stage, &mail.memory) else { return None };
         if !mailbox::is_acknowledged(memory, id) {
             return None;
         }
         mail.stage = Stage::Taken;
-        Some(Happened::Resumed(Resumed { at_ns: at.0 }))
+        Some(Happened::Resumed(Resumed { at_ns: at.0, entered: mail.entered.take() }))
     }
 
     fn adopted(&self, at: Nanoseconds) -> Option<Happened> {

@@ -225,7 +225,7 @@ impl Supervisor<'_> {
         let at_port = paused.parking() == Parking::Port;
         let [spawned_ns, ordered_ns, entered_ns] =
             [self.reporter.spawned, ordered, monotonic()].map(|at| at.0);
-        send(self.channel, Happened::Entered(Entered { spawned_ns, ordered_ns, entered_ns, at_port }))?;
+        self.reporter.enters(Entered { spawned_ns, ordered_ns, entered_ns, at_port })?;
         // Without its threads the machine has ended, and so does this program.
         let machine = restore::answering(|| paused.resume()).map_err(|error| host_error(&error))?;
         Ok(State::Running(machine))
