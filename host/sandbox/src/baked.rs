@@ -115,33 +115,38 @@ impl Image {
         &self.0.snapshot.record
     }
 
-    /// A monitor in which one of its machines can be made sooner.
-    pub(crate) async fn shell(&self) -> Result<Monitor, VmError> {
-        let monitor = self.spawn_monitor()?;
+    /// A monitor and a disk of which one of its machines can be made sooner.
+    pub(crate) async fn shell(&self) -> Result<Member, VmError> {
+        let shell = self.bare().await?;
         let SnapshotRecord { memory_mib, vcpus, .. } = self.0.snapshot.record;
-        monitor.prepare(memory_mib, vcpus).await?;
-        Ok(monitor)
+        shell.monitor.prepare(memory_mib, vcpus).await?;
+        Ok(shell)
     }
 
     /// A machine, in `shell` if there is one.
-    pub(crate) async fn make(&self, shell: Option<Monitor>) -> Result<Vm, VmError> {
-        let monitor = shell.map_or_else(|| self.spawn_monitor(), Ok)?;
-        let scratch = snapshot::scratch(&self.0.scratch, &self.0.snapshot).await?;
-        let disks = [&self.0.root, &scratch];
-        let hostname = self.hostname()?;
-        let times = snapshot::make(&monitor, &self.0.snapshot, &disks, &hostname).await?;
-        Ok(self.machine(Member { monitor, scratch }, Times::Restore(times)))
+    pub(crate) async fn make(&self, shell: Option<Member>) -> Result<Vm, VmError> {
+        let member = match shell {
+            Some(shell) => shell,
+            None => self.bare().await?,
+        };
+        let disks = [&self.0.root, &member.scratch];
+        let times = snapshot::make(&member.monitor, &self.0.snapshot, &disks, &self.hostname()?).await?;
+        Ok(self.machine(member, Times::Restore(times)))
     }
 
     /// A machine whose guest waits.
     pub(crate) async fn stand(&self) -> Result<Member, VmError> {
-        self.stand_in(self.spawn_monitor()?).await
+        let member = self.bare().await?;
+        self.stand_in(&member).await?;
+        Ok(member)
     }
 
     /// Gives a machine to the next guest, which waits in it: only the process, its memory mapping and its vCPUs are the same.
     pub(crate) async fn recycle(&self, Member { monitor, scratch }: Member) -> Result<Member, VmError> {
         drop(scratch);
-        self.stand_in(monitor).await
+        let member = Member { monitor, scratch: self.scratch().await? };
+        self.stand_in(&member).await?;
+        Ok(member)
     }
 
     /// The machine that is left of making the image, if nobody has taken it.
@@ -150,10 +155,19 @@ impl Image {
         first.filter(|first| !first.monitor.has_ended())
     }
 
-    async fn stand_in(&self, monitor: Monitor) -> Result<Member, VmError> {
-        let scratch = snapshot::scratch(&self.0.scratch, &self.0.snapshot).await?;
-        snapshot::stand(&monitor, &self.0.snapshot, &[&self.0.root, &scratch]).await?;
-        Ok(Member { monitor, scratch })
+    async fn stand_in(&self, member: &Member) -> Result<(), VmError> {
+        snapshot::stand(&member.monitor, &self.0.snapshot, &[&self.0.root, &member.scratch]).await
+    }
+
+    /// What a machine is made in and with, and no machine yet.
+    async fn bare(&self) -> Result<Member, VmError> {
+        // The process comes up while the disk is made.
+        let monitor = self.spawn_monitor()?;
+        Ok(Member { monitor, scratch: self.scratch().await? })
+    }
+
+    async fn scratch(&self) -> Result<Disk, VmError> {
+        snapshot::scratch(&self.0.scratch, &self.0.snapshot).await
     }
 
     /// Lets a guest that waits go on as a machine of its own.

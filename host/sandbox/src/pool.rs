@@ -70,7 +70,7 @@ struct State {
     counts: Counts,
     /// The one that waits longest first.
     idle: VecDeque<Idle>,
-    shells: Vec<Monitor>,
+    shells: Vec<Member>,
     making_shells: usize,
     line: VecDeque<oneshot::Sender<Turn>>,
     /// The last attempt to make one that nobody waits for failed, and nobody has asked since.
@@ -197,7 +197,7 @@ impl Pool {
             inner.end(member.monitor, seat);
         }
         for shell in shells {
-            shell.stop().await;
+            shell.monitor.stop().await;
         }
         self.until(|stats| stats.total() == 0 && inner.lock().making_shells == 0).await;
     }
@@ -206,7 +206,7 @@ impl Pool {
 /// What a pool had when it was closed.
 struct Leaving {
     idle: VecDeque<Idle>,
-    shells: Vec<Monitor>,
+    shells: Vec<Member>,
 }
 
 impl Inner {
@@ -346,7 +346,7 @@ impl Inner {
     /// Makes a machine while somebody waits for it, in a shell when there is one.
     async fn make_on_the_way(self: &Arc<Self>) -> Result<Vm, PoolError> {
         self.check_memory()?;
-        let shell = self.lock().shells.pop().filter(|shell| !shell.has_ended());
+        let shell = self.lock().shells.pop().filter(|shell| !shell.monitor.has_ended());
         self.changed.notify_one();
         let made = self.in_time(self.image.make(shell)).await;
         let mut state = self.lock();
@@ -448,7 +448,7 @@ impl Inner {
             }
         };
         if let Some(shell) = surplus {
-            shell.stop().await;
+            shell.monitor.stop().await;
         }
         self.lock().making_shells -= 1;
         self.moved.notify_waiters();

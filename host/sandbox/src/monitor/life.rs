@@ -189,7 +189,7 @@ mod tests {
     async fn what_happened_before_the_end_is_known_after_it() {
         let (sender, life) = watch::channel(Life::default());
         sender.send_modify(|life| {
-            life.take(Happened::Resumed(kiln_control::Resumed { at_ns: 7, entered: None }))
+            life.take(Happened::Resumed(kiln_control::Resumed { at_ns: 7, entered: None }));
         });
         sender.send_modify(|life| life.end = Some(Arc::new(MachineEnd::PowerOff)));
         let resumed = reach(life.clone(), |life| (life.resumed > 0).then_some(life.restore.resumed_ns)).await;
