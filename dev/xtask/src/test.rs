@@ -21,18 +21,50 @@ const RIG_LIMIT_SECONDS: &str = "3600";
 /// Crates whose own tests use /dev/kvm, so that they run on both kinds of it.
 const KVM_CRATES: [&str; 2] = ["kiln-hypervisor", "kiln-vmm"];
 
-/// Runs the system tests: `[--rig [--kvm]] [FILTER...]`, filters and options as libtest has them. `--rig --kvm` runs
+/// An ordinary user: no name, no groups.
+const USER: &str = "12345";
+/// Runs `"$@"` as that user, in the folder `$1`, where `/dev/kvm` is a device that this user may open. Nobody outside sees that device.
+const AS_USER: &str = r#"
+set -e
+mkdir -p "$1"
+mount -t tmpfs none "$1"
+mknod -m 666 "$1/kvm" c 10 232
+mount --bind "$1/kvm" /dev/kvm
+umount -l "$1"
+chown "$KILN_TEST_USER:$KILN_TEST_USER" "$1"
+shift
+exec setpriv --reuid "$KILN_TEST_USER" --regid "$KILN_TEST_USER" --clear-groups "$@"
+"#;
+
+/// Tests that look into a jail, mount or become somebody else, which root alone can.
+const ROOT_ONLY: [&str; 10] = [
+    "jail::",
+    "detached::a_disk_that_is_full",
+    "disk::",
+    "lifetime::an_idle",
+    "pools::cycles_leave_nothing_behind",
+    "pools::nothing_of_a_guest_is_left",
+    "templates::a_bake_killed_at_any_step",
+    "templates::a_full_disk",
+    "vms::another_user",
+    "vms::of_many",
+];
+
+/// Runs the system tests: `[--user|--rig [--kvm]] [FILTER...]`, filters and options as libtest has them. `--user` runs them
+/// as an ordinary user, which root alone can. `--rig --kvm` runs
 /// only the tests of the crates that use KVM themselves.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     let in_rig = args.iter().any(|arg| arg == "--rig");
     if in_rig && args.iter().any(|arg| arg == "--kvm") {
         return kvm_crates_in_rig();
     }
-    let filters: Vec<&str> = args.iter().map(String::as_str).filter(|arg| *arg != "--rig").collect();
+    let as_user = args.iter().any(|arg| arg == "--user");
+    let is_filter = |arg: &&str| !["--rig", "--user"].contains(arg);
+    let filters: Vec<&str> = args.iter().map(String::as_str).filter(is_filter).collect();
     let guest = release::guest_dir()?;
     let kiln = release::build(&guest)?;
     let probe = probe()?;
-    let store = paths::target().join("test-store");
+    let store = paths::target().join(if as_user { "test-store-user" } else { "test-store" });
     let environment = [
         ("KILN", kiln),
         ("KILN_PROBE", probe),
@@ -52,7 +84,18 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     if store.exists() {
         std::fs::remove_dir_all(&store).context("the store of an earlier run")?;
     }
-    let mut tests = process::cargo(["test", "--package", "kiln-tests", "--test", "system", "--"]);
+    let mut tests = if as_user {
+        let images = paths::target().join("test-images");
+        process::run(Command::new("chmod").args(["-R", "a+rX"]).arg(images))?;
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "sh", "-c", AS_USER, "sh"]).arg(&store);
+        unshare.args(test_programs(&["--package", "kiln-tests", "--test", "system"])?);
+        unshare.args(ROOT_ONLY.iter().flat_map(|name| ["--skip", name]));
+        unshare.env("KILN_TEST_USER", USER).env("HOME", &store).env("TMPDIR", &store);
+        unshare
+    } else {
+        process::cargo(["test", "--package", "kiln-tests", "--test", "system", "--"])
+    };
     process::run(tests.args(["--test-threads", HOST_THREADS]).args(filters).envs(environment))
 }
 

@@ -83,6 +83,8 @@ pub(crate) enum Command {
     Vm(Vm),
     /// Check what this host offers: each fact with its consequence and the fix
     Doctor(Doctor),
+    /// Write out what programs that embed Kiln's library need: guest kernel, agent and monitor
+    Parts(Parts),
     /// Show the versions of Kiln, its guest kernel and its agent
     Version(Version),
     /// Print a completion script for a shell
@@ -422,6 +424,19 @@ pub(crate) struct Doctor {
     /// Print as JSON: one array of objects
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `kiln parts`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  kiln parts target/release/kiln-guest   found there by target/release/my-program
+
+Elsewhere the program finds them by KILN_GUEST_DIR=DIR.")]
+pub(crate) struct Parts {
+    /// The folder, made when it is missing; files of these names in it are replaced
+    #[arg(value_name = "DIR")]
+    pub(crate) folder: PathBuf,
 }
 
 /// `kiln version`.

@@ -11,6 +11,7 @@ mod events;
 mod failure;
 mod images;
 mod machine;
+mod parts;
 mod progress;
 mod quantity;
 mod run;
@@ -110,6 +111,7 @@ async fn dispatch(context: &Context, command: Command) -> Result<u8, Failure> {
         },
         Command::Vm(args) => return vm::vm(context, args.command).await,
         Command::Doctor(args) => return doctor::doctor(context, args.json).await,
+        Command::Parts(args) => parts::parts(context, &args.folder)?,
         Command::Version(args) => version::version(context, args.json)?,
         Command::Completion { shell } => {
             let mut script = Vec::new();

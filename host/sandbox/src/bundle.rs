@@ -1,8 +1,8 @@
 //! The guest bundle: the kernel every machine boots and the initramfs that holds the agent.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use kiln_support::digest::{Digest, Hasher};
@@ -34,6 +34,20 @@ pub struct BuiltIn {
     pub bytes: &'static [u8],
     /// The SHA-256 of the content.
     pub sha256: Digest,
+}
+
+impl BuiltIn {
+    /// Writes the part to a file, which is whole or not there, and replaced if it is. `executable` for a program.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn write(&self, path: &Path, executable: bool) -> io::Result<()> {
+        kiln_support::durable::write(path, self.bytes)?;
+        if executable {
+            std::fs::set_permissions(path, Permissions::from_mode(0o755))?;
+        }
+        Ok(())
+    }
 }
 
 /// One of the two.

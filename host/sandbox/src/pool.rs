@@ -25,7 +25,7 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::baked::{Image, Member};
 use crate::monitor::Monitor;
-use crate::vm::{Machine, Vm, VmError};
+use crate::vm::{Machine, Times, Vm, VmError};
 use admission::Admission;
 use builder::Options;
 pub use builder::{OnRelease, PoolBuilder};
@@ -257,10 +257,10 @@ impl Inner {
                     return Ok(self.lease(vm, seat));
                 }
             };
-            let claimed = async {
-                if used { self.image.reuse(&member).await } else { self.image.claim(&member).await }
-            };
-            match self.in_time(claimed).await {
+            let claiming = Claiming { inner: self, held: Some((member, seat)) };
+            let claimed = claiming.claim(used).await;
+            let (member, seat) = claiming.into_held();
+            match claimed {
                 Ok(times) => return Ok(self.lease(self.image.machine(member, times), seat)),
                 Err(error) => {
                     // One that died while it waited is nobody's loss.
@@ -456,8 +456,7 @@ impl Inner {
     }
 
     /// Takes a machine back.
-    fn take_back(self: Arc<Self>, machine: Arc<Machine>, mut seat: Seat) {
-        let runtime = self.runtime.clone();
+    fn take_back(self: Arc<Self>, machine: Arc<Machine>, seat: Seat) {
         machine.monitor.change_owner();
         let Machine { monitor, origin, .. } = match Arc::try_unwrap(machine) {
             Ok(machine) => machine,
@@ -465,19 +464,24 @@ impl Inner {
             Err(machine) => {
                 let mut ended = machine.monitor.death_watch();
                 drop(machine);
-                runtime.spawn(async move {
+                self.runtime.spawn(async move {
                     ended.ended().await;
                     drop(seat);
                 });
                 return;
             }
         };
+        self.renew(Member { monitor, scratch: origin.scratch }, seat);
+    }
+
+    /// Makes of a machine that was used what the next one is to have.
+    fn renew(self: Arc<Self>, member: Member, mut seat: Seat) {
         let on_release = self.options.on_release;
-        if self.lock().closed || monitor.has_ended() || on_release == OnRelease::Replace {
-            return self.end(monitor, seat);
+        if self.lock().closed || member.monitor.has_ended() || on_release == OnRelease::Replace {
+            return self.end(member.monitor, seat);
         }
         seat.take(Role::Recycling);
-        let member = Member { monitor, scratch: origin.scratch };
+        let runtime = self.runtime.clone();
         runtime.spawn(async move {
             // Not while its owner drops it.
             self.admission.measure(member.monitor.process_id());
@@ -577,6 +581,36 @@ impl Drop for InLine<'_> {
                 self.inner.lock().line.retain(|sender| !sender.is_closed());
                 self.inner.moved.notify_waiters();
             }
+        }
+    }
+}
+
+/// A machine that somebody is about to have. Who gives up before he has it leaves it to be made new.
+struct Claiming<'a> {
+    inner: &'a Arc<Inner>,
+    held: Option<(Member, Seat)>,
+}
+
+impl Claiming<'_> {
+    async fn claim(&self, used: bool) -> Result<Times, PoolError> {
+        let Some((member, _)) = &self.held else { return Err(PoolError::Closed) };
+        let Inner { image, .. } = &**self.inner;
+        let claimed = async { if used { image.reuse(member).await } else { image.claim(member).await } };
+        self.inner.in_time(claimed).await
+    }
+
+    fn into_held(mut self) -> (Member, Seat) {
+        self.held.take().expect("held from the beginning to here")
+    }
+}
+
+impl Drop for Claiming<'_> {
+    fn drop(&mut self) {
+        let Some((member, seat)) = self.held.take() else { return };
+        match self.inner.options.on_release {
+            // It may be on its way to be another, and whoever is to keep it would have to wait for that.
+            OnRelease::Keep => self.inner.end(member.monitor, seat),
+            OnRelease::Restore | OnRelease::Replace => Arc::clone(self.inner).renew(member, seat),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use kiln_tests::{Outcome, busybox, from_environment, store};
+use kiln_tests::{Outcome, busybox, from_environment, kiln, store};
 
 fn example(name: &str, arguments: &[&str]) -> Outcome {
     let mut command = Command::new(from_environment("KILN_EXAMPLES").join(name));
@@ -25,6 +25,27 @@ fn exec_passes_output_and_code_on() {
     let outcome = example("exec", &["sh", "-c", "echo out; exit 7"]);
     outcome.code(7);
     assert_eq!(outcome.out(), "out\n");
+}
+
+#[test]
+fn a_program_finds_beside_it_what_kiln_writes_there() {
+    let place = tempfile::tempdir().expect("a folder");
+    let (program, parts) = (place.path().join("program"), place.path().join("kiln-guest"));
+    std::fs::copy(from_environment("KILN_EXAMPLES").join("exec"), &program).expect("copied");
+    // Again over what is there.
+    for _ in 0..2 {
+        let written = Outcome::of(kiln(["parts"]).arg(&parts));
+        written.code(0);
+        assert_eq!(written.out().lines().count(), 3, "{written:?}");
+    }
+    let mut command = Command::new(program);
+    command.arg(busybox().reference()).args(["echo", "found"]).env("KILN_ROOT", store());
+    let outcome = Outcome::of(command.env_remove("KILN_MONITOR").env_remove("KILN_GUEST_DIR"));
+    outcome.code(0);
+    assert_eq!(outcome.out(), "found\n");
+    let nowhere = Outcome::of(kiln(["parts"]).arg("/dev/null/parts"));
+    nowhere.code(3);
+    assert!(nowhere.err().contains("cannot write /dev/null/parts"), "{nowhere:?}");
 }
 
 #[test]

@@ -128,6 +128,39 @@ async fn who_comes_first_is_served_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_gives_up_while_a_machine_becomes_his_leaves_it_to_the_next() {
+    let pool = image().await.pool().min(1).max(1).shells(0).build();
+    let vm = pool.acquire().await.expect("a machine");
+    let (process, name) = (vm.monitor_id(), sh(&vm, "hostname").await);
+    vm.release();
+    let made = until(&pool, |stats| stats.idle == 1).await.made;
+    while pool.stats().recycled < 4 {
+        tokio::select! {
+            biased;
+            _ = pool.acquire() => panic!("at once"),
+            () = std::future::ready(()) => {}
+        }
+        let stats = until(&pool, |stats| stats.idle == 1).await;
+        assert_eq!((stats.made, stats.failed), (made, 0), "{stats:?}");
+    }
+    let vm = pool.acquire().await.expect("a machine");
+    assert_eq!(vm.monitor_id(), process);
+    assert_ne!(sh(&vm, "hostname").await, name);
+}
+
+/// Its handle is there still, and somebody else could not listen there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_is_closed_with_the_lease_of_its_machine() {
+    let pool = image().await.pool().min(1).max(1).shells(0).build();
+    let vm = pool.acquire().await.expect("a machine");
+    let mut exposed = vm.expose_tcp(None, 7).await.expect("a port of the host's");
+    let address = exposed.local_addr();
+    vm.release();
+    tokio::time::timeout(PATIENCE, exposed.closed()).await.expect("it is closed");
+    std::net::TcpListener::bind(address).expect("nobody listens there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nobody_waits_longer_than_he_wants() {
     let pool = image().await.pool().min(0).max(1).acquire_timeout(Duration::from_millis(50)).build();
     let vm = pool.acquire().await.expect("it waits already, or is made on the way, which has another limit");
