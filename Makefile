@@ -15,13 +15,14 @@ build: linker
 	cargo xtask setup build
 	cargo xtask build
 
-# The gates, seconds of fuzzing, whole machines on this host's KVM, and everything that touches KVM on the emulated
-# hardware one.
+# The gates, seconds of fuzzing, whole machines on this host's KVM, some of them as an ordinary user, and everything that touches
+# KVM on the emulated hardware one.
 test: linker
 	cargo xtask setup
 	cargo xtask check
 	cargo xtask fuzz --seconds 5
 	cargo xtask test
+	cargo xtask test --user pools::a_machine ports:: files:: examples:: detached::a_vm
 	cargo xtask test --rig --kvm
 
 check: linker
