@@ -23,17 +23,26 @@ const KVM_CRATES: [&str; 2] = ["kiln-hypervisor", "kiln-vmm"];
 
 /// An ordinary user: no name, no groups.
 const USER: &str = "12345";
-/// Runs `"$@"` as that user, in the folder `$1`, where `/dev/kvm` is a device that this user may open. Nobody outside sees that device.
+/// Runs what follows `$1` and `$2` as that user: `$1` becomes its folder, and `$2` is this repository, which it may read, however private the
+/// folder that it is in. It may open `/dev/kvm`. Nobody outside sees any of this.
 const AS_USER: &str = r#"
 set -e
+user="setpriv --reuid $KILN_TEST_USER --regid $KILN_TEST_USER --clear-groups"
 mkdir -p "$1"
 mount -t tmpfs none "$1"
 mknod -m 666 "$1/kvm" c 10 232
 mount --bind "$1/kvm" /dev/kvm
 umount -l "$1"
 chown "$KILN_TEST_USER:$KILN_TEST_USER" "$1"
-shift
-exec setpriv --reuid "$KILN_TEST_USER" --regid "$KILN_TEST_USER" --clear-groups "$@"
+if ! $user test -r "$2/target"; then
+    mount --bind "$2" /mnt
+    mount -t tmpfs -o mode=755 none "/$(echo "$2" | cut -d / -f 2)"
+    mkdir -p "$2"
+    mount --move /mnt "$2"
+fi
+cd "$2"
+shift 2
+exec $user "$@"
 "#;
 
 /// Tests that look into a jail, mount or become somebody else, which root alone can.
@@ -88,7 +97,8 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
         let images = paths::target().join("test-images");
         process::run(Command::new("chmod").args(["-R", "a+rX"]).arg(images))?;
         let mut unshare = Command::new("unshare");
-        unshare.args(["--mount", "sh", "-c", AS_USER, "sh"]).arg(&store);
+        let repository = paths::root().canonicalize().context("this repository")?;
+        unshare.args(["--mount", "sh", "-c", AS_USER, "sh"]).arg(&store).arg(repository);
         unshare.args(test_programs(&["--package", "kiln-tests", "--test", "system"])?);
         unshare.args(ROOT_ONLY.iter().flat_map(|name| ["--skip", name]));
         unshare.env("KILN_TEST_USER", USER).env("HOME", &store).env("TMPDIR", &store);
