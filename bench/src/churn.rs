@@ -128,7 +128,6 @@ async fn one(program: MonitorProgram, files: [PathBuf; 2], number: u64) -> Resul
     let generation = Some(generation(number).encode().to_vec());
     let order = Restore { state_fd: 0, memory_fd: 1, cid: 3, generation, ..Restore::default() };
     monitor.restore(order, &[state.as_fd(), memory.as_fd()]).await?;
-    monitor.resumed().await?;
     monitor.stop().await;
     Ok(())
 }

@@ -130,10 +130,8 @@ async fn claim_in_process(
     let monitor = Monitor::spawn(program)?;
     let generation = Some(generation(run).encode().to_vec());
     let order = Restore { state_fd: 0, memory_fd: 1, cid: 3, generation, ..Restore::default() };
-    monitor.restore(order, &[files[0].as_fd(), files[1].as_fd()]).await?;
-    monitor.resumed().await?;
+    let times = monitor.restore(order, &[files[0].as_fd(), files[1].as_fd()]).await?;
     let (took, end_ns) = (milliseconds(start), kiln_vmm::monotonic().0);
-    let times = monitor.entered().await?;
     monitor.stop().await;
     let between = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
     let phases = [

@@ -130,7 +130,8 @@ impl Image {
             None => self.bare().await?,
         };
         let disks = [&self.0.root, &member.scratch];
-        let times = snapshot::make(&member.monitor, &self.0.snapshot, &disks, &self.hostname()?).await?;
+        let times =
+            snapshot::make(&member.monitor, &self.0.snapshot, &disks, None, &self.hostname()?).await?;
         Ok(self.machine(member, Times::Restore(times)))
     }
 
@@ -184,7 +185,7 @@ impl Image {
     /// Lets such a machine go on.
     pub(crate) async fn reuse(&self, member: &Member) -> Result<Times, VmError> {
         member.monitor.resume(None).await?;
-        Ok(Times::Restore(member.monitor.entered().await?))
+        Ok(Times::Restore(member.monitor.times()))
     }
 
     /// The handle of a machine that is somebody's.

@@ -183,7 +183,7 @@ impl Monitor {
     /// [`MonitorError::Ended`] when the machine is gone, [`MonitorError::Setup`] when the host is out of descriptors,
     /// [`MonitorError::NotAdopted`] when the guest does not become the one it is to be.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, MonitorError> {
-        self.adopted_as_due().await?;
+        self.adopted().await?;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(MonitorError::Setup)?;
         ours.set_nonblocking(true).map_err(MonitorError::Setup)?;
         let stream = UnixStream::from_std(ours).map_err(MonitorError::Setup)?;

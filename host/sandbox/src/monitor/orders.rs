@@ -25,16 +25,6 @@ impl Monitor {
         self.send_with_files(Do::Start(start), fds).await
     }
 
-    /// Makes the machine that a snapshot is of and enters it, in the place of [`start`](Self::start).
-    ///
-    /// Returns when the order is sent; [`resumed`](Self::resumed) and [`adopted`](Self::adopted) say what came of it.
-    ///
-    /// # Errors
-    /// As [`start`](Self::start).
-    pub async fn restore(&self, restore: Restore, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
-        self.send_with_files(Do::Restore(restore), fds).await
-    }
-
     /// Has what every machine of a shape needs made ahead of the snapshot that [`restore`](Self::restore) or [`stand`](Self::stand) is to
     /// bring: once, first. Returns when it is there.
     ///
@@ -68,11 +58,13 @@ impl Monitor {
         self.acknowledged(self.send(Do::Resume(Resume { generation: Some(generation) }), &[])).await
     }
 
-    /// The same for a guest that is restored as the one its order says.
+    /// Makes the machine that a snapshot is of and enters it, in the place of [`start`](Self::start), as the one that its order says. Returns
+    /// as [`claim`](Self::claim) does; [`adopted`](Self::adopted) says when it takes requests.
     ///
     /// # Errors
-    /// As [`claim`](Self::claim) and [`start`](Self::start).
-    pub(crate) async fn restore_as(
+    /// [`MonitorError::Ended`] with how the machine ended instead; [`MonitorError::NotAdopted`] when its agent does not answer;
+    /// otherwise as [`start`](Self::start).
+    pub async fn restore(
         &self,
         restore: Restore,
         fds: &[BorrowedFd<'_>],
@@ -103,16 +95,26 @@ impl Monitor {
         Ok(times)
     }
 
-    /// Waits until the guest has become the one it was last told to be.
-    pub(super) async fn adopted_as_due(&self) -> Result<(), MonitorError> {
+    /// Waits until the guest has become the one it was last told to be: from here it takes requests.
+    ///
+    /// # Errors
+    /// [`MonitorError::Ended`] with how the machine ended instead; [`MonitorError::NotAdopted`] when it takes too long.
+    pub async fn adopted(&self) -> Result<RestoreTimes, MonitorError> {
         let due = self.adoptions_due.load(Ordering::Acquire);
-        if self.life.borrow().adopted >= due {
-            return Ok(());
+        let adopted = |life: &Life| (life.adopted >= due).then_some(life.restore);
+        let now = adopted(&self.life.borrow());
+        match now {
+            Some(times) => Ok(times),
+            None => self.in_time(self.reach(adopted)).await,
         }
-        self.in_time(self.reach(|life| (life.adopted >= due).then_some(()))).await
     }
 
-    async fn in_time<T>(
+    /// When the machine that was restored has passed what, so far.
+    pub(crate) fn times(&self) -> RestoreTimes {
+        self.life.borrow().restore
+    }
+
+    pub(crate) async fn in_time<T>(
         &self,
         adopting: impl Future<Output = Result<T, MonitorError>>,
     ) -> Result<T, MonitorError> {
@@ -161,33 +163,9 @@ impl Monitor {
         self.reach(|life| (life.parked > before).then_some(life.parked_ns)).await
     }
 
-    /// Waits until a vCPU has entered the guest that is restored.
-    ///
-    /// # Errors
-    /// [`MonitorError::Ended`] with how the machine ended instead.
-    pub async fn entered(&self) -> Result<RestoreTimes, MonitorError> {
-        self.reach(|life| (life.entered > 0).then_some(life.restore)).await
-    }
-
     /// Whether the guest that was entered last waits at its port to hear who it is.
     pub(crate) fn waits_at_port(&self) -> bool {
         self.life.borrow().last_entered.at_port
-    }
-
-    /// Waits until the agent of a parked machine has taken the generation it was given.
-    ///
-    /// # Errors
-    /// [`MonitorError::Ended`] with how the machine ended instead.
-    pub async fn resumed(&self) -> Result<RestoreTimes, MonitorError> {
-        self.reach(|life| (life.resumed > 0).then_some(life.restore)).await
-    }
-
-    /// Waits until the guest has become who its generation says: from here it takes requests.
-    ///
-    /// # Errors
-    /// [`MonitorError::Ended`] with how the machine ended instead.
-    pub async fn adopted(&self) -> Result<RestoreTimes, MonitorError> {
-        self.reach(|life| (life.adopted > 0).then_some(life.restore)).await
     }
 
     /// Stops the machine between two instructions, and says how long that took.

@@ -13,7 +13,7 @@ use rustix::time::ClockId;
 use super::{BakeError, Restored, SnapshotError, park};
 use crate::agent::AgentError;
 use crate::disk::{self, Descriptors, Disk, Scratch};
-use crate::monitor::{ADOPT_LIMIT, Monitor, MonitorError, RestoreTimes};
+use crate::monitor::{Monitor, MonitorError, RestoreTimes};
 use crate::vm::boot::{blocking, check_fit, clock_ns, random};
 use crate::vm::{GUEST_CID, Phase, VmBuilder, VmError};
 
@@ -60,37 +60,25 @@ pub(super) async fn restore(
     hostname: &str,
     tell: impl Fn(Phase, u64),
 ) -> Result<(Monitor, RestoreTimes), VmError> {
-    check_header(snapshot)?;
-    let generation = generation(hostname)?;
-    let mut descriptors = Descriptors::default();
-    let order = order(snapshot, disks, console, Some(&generation), &mut descriptors)?;
     let coming_up = async {
-        monitor.restore(order, descriptors.as_slice()).await?;
-        let mut times = monitor.entered().await?;
+        let mut times = make(&monitor, snapshot, disks, console, hostname).await?;
         tell(Phase::MonitorSpawned, times.spawned_ns);
         tell(Phase::Entered, times.entered_ns);
         if monitor.waits_at_port() {
-            park::tell(&monitor, Some(generation), || times.resumed_ns = clock_ns(ClockId::Monotonic))
-                .await
-                .map_err(NotAdopted::AtPort)?;
-            times.adopted_ns = clock_ns(ClockId::Monotonic);
             tell(Phase::ResumedWithoutDoorbell, times.resumed_ns);
         } else {
-            tell(Phase::Resumed, monitor.resumed().await?.resumed_ns);
-            times = monitor.adopted().await?;
+            tell(Phase::Resumed, times.resumed_ns);
+            times = monitor.adopted().await.map_err(refused)?;
         }
         tell(Phase::Adopted, times.adopted_ns);
         Ok(times)
     };
-    match tokio::time::timeout(ADOPT_LIMIT, coming_up).await {
-        Ok(Ok(times)) => Ok((monitor, times)),
-        Ok(Err(NotAdopted::AtPort(AgentError::MachineEnded(end)))) => Err(SnapshotError::Refused(end).into()),
-        Ok(Err(NotAdopted::Monitor(error))) => Err(refused(error)),
-        Ok(Err(NotAdopted::AtPort(error))) => {
-            monitor.stop().await;
-            Err(SnapshotError::NotAdopted(error).into())
+    match coming_up.await {
+        Ok(times) => Ok((monitor, times)),
+        Err(VmError::Monitor(MonitorError::NotAdopted)) => {
+            Err(SnapshotError::Overdue(monitor.stop().await).into())
         }
-        Err(_) => Err(SnapshotError::Overdue(monitor.stop().await).into()),
+        Err(error) => Err(error),
     }
 }
 
@@ -139,18 +127,19 @@ pub(crate) async fn claim(monitor: &Monitor, hostname: &str) -> Result<RestoreTi
     told(monitor, generation, times).await
 }
 
-/// Has a monitor make the machine of a snapshot, with these disks, as one of its own; otherwise as [`claim`].
+/// Has a monitor make the machine of a snapshot, with these disks and this console, as one of its own; otherwise as [`claim`].
 pub(crate) async fn make(
     monitor: &Monitor,
     snapshot: &Snapshot,
     disks: &[&Disk],
+    console: Option<&OwnedFd>,
     hostname: &str,
 ) -> Result<RestoreTimes, VmError> {
     check_header(snapshot)?;
     let generation = generation(hostname)?;
     let mut descriptors = Descriptors::default();
-    let order = order(snapshot, disks, None, Some(&generation), &mut descriptors)?;
-    let times = monitor.restore_as(order, descriptors.as_slice()).await.map_err(refused)?;
+    let order = order(snapshot, disks, console, Some(&generation), &mut descriptors)?;
+    let times = monitor.restore(order, descriptors.as_slice()).await.map_err(refused)?;
     told(monitor, generation, times).await
 }
 
@@ -162,22 +151,14 @@ async fn told(
 ) -> Result<RestoreTimes, VmError> {
     if monitor.waits_at_port() {
         let asked = || times.resumed_ns = clock_ns(ClockId::Monotonic);
-        park::tell(monitor, Some(generation), asked).await.map_err(SnapshotError::NotAdopted)?;
-        times.adopted_ns = clock_ns(ClockId::Monotonic);
+        let told = async { Ok(park::tell(monitor, Some(generation), asked).await) };
+        match monitor.in_time(told).await? {
+            Ok(()) => times.adopted_ns = clock_ns(ClockId::Monotonic),
+            Err(AgentError::MachineEnded(end)) => return Err(SnapshotError::Refused(end).into()),
+            Err(error) => return Err(SnapshotError::NotAdopted(error).into()),
+        }
     }
     Ok(times)
-}
-
-/// Why a restored guest did not take on its identity.
-enum NotAdopted {
-    Monitor(MonitorError),
-    AtPort(AgentError),
-}
-
-impl From<MonitorError> for NotAdopted {
-    fn from(error: MonitorError) -> Self {
-        Self::Monitor(error)
-    }
 }
 
 /// Refuses a state that is not that of the record it is found by; the rest of it is the monitor's to check.
