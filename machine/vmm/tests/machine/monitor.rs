@@ -5,12 +5,14 @@ use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, ExitStatus};
+use std::time::Duration;
 
 use kiln_control::{
     Blame, Channel, ChannelError, Command as Order, Connect, Disk, Do, EndReason, Ended, Event, Extent,
     Failed, Files, Happened, Start, Stop,
 };
 use kiln_jail::{Child, Launch, Program, SpawnError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::guest::{Guest, file};
@@ -79,6 +81,19 @@ impl Monitor {
 
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// How it exits although its host is gone; `None` when it has not in that time.
+    pub(crate) fn exit_alone(self, limit: Duration) -> Option<ExitStatus> {
+        drop(self.channel);
+        let limit = Timespec::try_from(limit).expect("a short time");
+        let mut ended = [PollFd::new(&self.child, PollFlags::IN)];
+        if poll(&mut ended, Some(&limit)).expect("it is polled") == 0 {
+            self.child.kill().expect("it is ours");
+        }
+        let is_ended = !ended[0].revents().is_empty();
+        let status = self.child.wait().expect("it exits");
+        is_ended.then_some(status)
     }
 
     pub(crate) fn exit(self) -> ExitStatus {
