@@ -161,6 +161,13 @@ impl Context {
         self.global.root.clone().map_or_else(images::default_root, Ok)
     }
 
+    /// Says something that nobody asked for and everybody should know.
+    fn note(&self, text: &str) {
+        if !self.global.quiet {
+            terminal::note(&format!("note: {text}"));
+        }
+    }
+
     /// The guest to boot: the environment's, else the one built in, else the one beside the executable.
     fn guest(&self) -> Result<GuestBundle, Failure> {
         let named =

@@ -119,9 +119,7 @@ fn machines(context: &Context) -> Result<Machines, Failure> {
 fn tidied(context: &Context) -> Result<Machines, Failure> {
     let machines = machines(context)?;
     for name in machines.reconcile()? {
-        if !context.global.quiet {
-            note(&format!("note: the VM {name} has ended: the process it belonged to died"));
-        }
+        context.note(&format!("the VM {name} has ended: the process it belonged to died"));
     }
     Ok(machines)
 }
