@@ -118,6 +118,7 @@ fn machines(context: &Context) -> Result<Machines, Failure> {
 /// The same, once what crashes have left has been put right, which is said.
 fn tidied(context: &Context) -> Result<Machines, Failure> {
     let machines = machines(context)?;
+    context.tidy_groups();
     for name in machines.reconcile()? {
         context.note(&format!("the VM {name} has ended: the process it belonged to died"));
     }

@@ -123,7 +123,7 @@ fn jailed_from(
     let device = device.expect("these tests need KVM: a readable and writable /dev/kvm");
     let args: Vec<&str> = ["kiln-monitor"].into_iter().chain(arguments.iter().copied()).collect();
     let fds = [stdin, stdout, stderr, device.as_fd()];
-    kiln_jail::spawn(&Launch { program, args: &args, fds: &fds }).expect("a process")
+    kiln_jail::spawn(&Launch { program, args: &args, fds: &fds, cgroup: None }).expect("a process")
 }
 
 fn start() -> Start {
@@ -329,8 +329,12 @@ fn a_program_without_a_name_is_executed_by_its_descriptor() {
 fn a_descriptor_that_is_no_program_is_not_executed() {
     let text = file(b"text");
     let null = File::open("/dev/null").expect("/dev/null");
-    let launch =
-        Launch { program: Program::File(text.as_fd()), args: &["kiln-monitor"], fds: &[null.as_fd()] };
+    let launch = Launch {
+        program: Program::File(text.as_fd()),
+        args: &["kiln-monitor"],
+        fds: &[null.as_fd()],
+        cgroup: None,
+    };
     let error = kiln_jail::spawn(&launch).expect_err("no program");
     assert!(matches!(error, SpawnError::Execute(_)), "{error:?}");
 }
@@ -355,7 +359,12 @@ fn without_a_channel_the_program_says_so() {
     let null = File::open("/dev/null").expect("/dev/null");
     let (mut reading, stderr) = std::io::pipe().expect("a pipe");
     let fds = [null.as_fd(), null.as_fd(), stderr.as_fd(), null.as_fd()];
-    let launch = Launch { program: Program::Path(Path::new(PROGRAM)), args: &["kiln-monitor"], fds: &fds };
+    let launch = Launch {
+        program: Program::Path(Path::new(PROGRAM)),
+        args: &["kiln-monitor"],
+        fds: &fds,
+        cgroup: None,
+    };
     let child = kiln_jail::spawn(&launch).expect("a process");
     drop(stderr);
     let mut text = String::new();
