@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 
 use kiln_testkit::image::Image;
 
-pub use process::{Outcome, Session, descendants, rss_bytes, wait_until_gone};
+pub use process::{Outcome, Session, descendants, monitor_of, rss_bytes, wait_until_gone};
 pub use terminal::Terminal;
 pub use vm::Vm;
 

@@ -259,6 +259,21 @@ pub fn descendants(pid: Pid) -> Vec<Pid> {
     found
 }
 
+/// The one monitor among the processes that came of `pid`.
+///
+/// # Panics
+/// When there is none or more.
+#[track_caller]
+pub fn monitor_of(pid: Pid) -> Pid {
+    let is_monitor = |pid: &Pid| {
+        let words = std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+        words.starts_with(b"kiln-monitor\0")
+    };
+    let monitors: Vec<Pid> = descendants(pid).into_iter().filter(is_monitor).collect();
+    let [monitor] = monitors[..] else { panic!("one monitor: {monitors:?}") };
+    monitor
+}
+
 /// The memory a process has resident, in bytes.
 pub fn rss_bytes(pid: Pid) -> u64 {
     let path = format!("/proc/{}/status", pid.as_raw_nonzero());

@@ -122,6 +122,12 @@ impl Hostage {
         set_registers(self.thread, &self.before)
     }
 
+    /// The system call it was stopped in, by its number and its arguments.
+    pub fn waits_in(&self) -> (c_long, [u64; 6]) {
+        let user_regs_struct { orig_rax, rdi, rsi, rdx, r10, r8, r9, .. } = self.before;
+        (orig_rax.cast_signed(), [rdi, rsi, rdx, r10, r8, r9])
+    }
+
     fn about_to(&self, number: c_long, arguments: &[u64]) -> user_regs_struct {
         let mut arguments = arguments.to_vec();
         arguments.resize(6, 0);

@@ -88,7 +88,7 @@ pub(crate) async fn doctor(context: &Context, json: bool) -> Result<u8, Failure>
         host::memory(root),
         host::overcommit(root),
         host::huge_pages(root),
-        host::cgroups(root),
+        host::cgroups(root, kiln::monitor::groups()),
         host::user_namespaces(root),
         host::userfaultfd(root),
         host::landlock(),

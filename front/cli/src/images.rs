@@ -19,12 +19,16 @@ use crate::{Context, print, progress};
 /// How many digits of a digest are shown; enough to name an image by.
 const SHORT_DIGEST_DIGITS: usize = 12;
 
-/// Opens the store the user chose.
+/// Opens the store the user chose. What crashes had left in it is removed then, which is said.
 ///
 /// # Errors
 /// When it cannot be made or read.
 pub(crate) fn store(context: &Context) -> Result<Store, Failure> {
-    Ok(Store::open(context.root()?)?)
+    let store = Store::open(context.root()?)?;
+    if !store.swept().is_nothing() {
+        context.note(&format!("removed {}", store.swept()));
+    }
+    Ok(store)
 }
 
 /// The folder of the store when nobody names one.

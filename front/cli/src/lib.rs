@@ -26,9 +26,10 @@ mod when;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Once, OnceLock};
 
 use clap::{CommandFactory, Parser};
+use kiln::monitor::Groups;
 use kiln::{GuestBundle, MonitorProgram};
 
 pub use kiln::monitor::MONITOR_NAME;
@@ -70,7 +71,7 @@ pub fn main(build: Build) -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let context = Context { build, global: cli.global, monitor: Arc::default() };
+    let context = Context { build, global: cli.global, monitor: Arc::default(), tidied: Once::new() };
     let runs_a_command = match &cli.command {
         Command::Run(_) => true,
         Command::Vm(args) => args.command.runs_a_command(),
@@ -153,12 +154,20 @@ struct Context {
     global: Global,
     /// What machines' processes are made from, once that is known.
     monitor: Arc<OnceLock<MonitorProgram>>,
+    tidied: Once,
 }
 
 impl Context {
     /// The folder of the store.
     fn root(&self) -> Result<PathBuf, Failure> {
         self.global.root.clone().map_or_else(images::default_root, Ok)
+    }
+
+    /// Says something that nobody asked for and everybody should know.
+    fn note(&self, text: &str) {
+        if !self.global.quiet {
+            terminal::note(&format!("note: {text}"));
+        }
     }
 
     /// The guest to boot: the environment's, else the one built in, else the one beside the executable.
@@ -173,7 +182,19 @@ impl Context {
 
     /// What machines' processes are made from: the monitor that is built in, or this very program, which can be one.
     fn monitor(&self) -> MonitorProgram {
+        self.tidy_groups();
         self.monitor.get_or_init(|| self.build.monitor_program()).clone()
+    }
+
+    /// Removes what is left of the processes of hosts that died, and says so: once.
+    fn tidy_groups(&self) {
+        self.tidied.call_once(|| {
+            // An error is that of the machine that is made next.
+            let cleared = kiln::monitor::groups().ok().flatten().map(Groups::cleared).unwrap_or_default();
+            if cleared.groups > 0 {
+                self.note(&format!("removed {cleared}"));
+            }
+        });
     }
 
     /// Has it made on a thread of its own, so that who asks for it soon need not wait for a file to be written.

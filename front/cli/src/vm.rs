@@ -118,10 +118,9 @@ fn machines(context: &Context) -> Result<Machines, Failure> {
 /// The same, once what crashes have left has been put right, which is said.
 fn tidied(context: &Context) -> Result<Machines, Failure> {
     let machines = machines(context)?;
+    context.tidy_groups();
     for name in machines.reconcile()? {
-        if !context.global.quiet {
-            note(&format!("note: the VM {name} has ended: the process it belonged to died"));
-        }
+        context.note(&format!("the VM {name} has ended: the process it belonged to died"));
     }
     Ok(machines)
 }

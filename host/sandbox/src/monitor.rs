@@ -12,6 +12,7 @@
 
 pub(crate) mod channel;
 mod end;
+mod group;
 mod life;
 mod orders;
 mod probe;
@@ -35,6 +36,8 @@ use tokio::task::JoinHandle;
 
 use channel::AsyncChannel;
 pub use end::MachineEnd;
+use group::Group;
+pub use group::{CGROUP_VARIABLE, Cleared, GroupError, Groups, groups};
 pub use kiln_control::{Entered, Restore, SaveState, Start};
 use life::Life;
 pub use life::{BootTimes, RestoreTimes};
@@ -71,6 +74,8 @@ pub struct Monitor {
     /// How often the guest is to have become another before it takes requests.
     adoptions_due: AtomicU64,
     process_id: u32,
+    /// Where it has one.
+    group: Option<Arc<Group>>,
     /// Counts those whose machine this was.
     owner: watch::Sender<u64>,
 }
@@ -99,6 +104,9 @@ pub enum MonitorError {
     /// A system call around the channel failed.
     #[error("cannot set up a channel to the monitor")]
     Setup(#[source] io::Error),
+    /// Its control group cannot be bounded.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// The monitor could not write a part of the machine to its file.
     #[error("cannot save the machine: {0}")]
     Save(String),
@@ -117,7 +125,9 @@ impl MonitorError {
             Self::Ended(end) => end.blame(),
             Self::Channel(_) => Blame::Kiln,
             Self::NotAdopted => Blame::Guest,
-            Self::NoProgram { .. } | Self::Spawn { .. } | Self::Setup(_) | Self::Save(_) => Blame::Host,
+            Self::NoProgram { .. } | Self::Spawn { .. } | Self::Setup(_) | Self::Group(_) | Self::Save(_) => {
+                Blame::Host
+            }
         }
     }
 }
@@ -127,7 +137,8 @@ impl Monitor {
     ///
     /// It is jailed (`kiln_jail`) and gets nothing of this process: stdin is its channel, stdout `/dev/null`, stderr a pipe
     /// whose last lines are kept for [`MachineEnd::Died`], and beside these it has `/dev/kvm`. It has a session of its
-    /// own so that a Ctrl-C meant for its host does not reach it. Must be called within a tokio runtime.
+    /// own so that a Ctrl-C meant for its host does not reach it, and a control group where this host has a place for such
+    /// ([`groups`]). Must be called within a tokio runtime.
     ///
     /// # Errors
     /// [`MonitorError::Spawn`] when the executable cannot be run, [`MonitorError::Ended`] when this user may not use
@@ -154,7 +165,7 @@ impl Monitor {
 
         let channel = Arc::new(AsyncChannel::new(ours).map_err(MonitorError::Setup)?);
         let (life_sender, life) = watch::channel(Life::default());
-        let process_id = process.id();
+        let (process_id, group) = (process.id(), process.group());
         let watcher =
             tokio::spawn(watch_over(Arc::clone(&channel), process, keep_tail(stderr, listener), life_sender));
         Ok(Self {
@@ -165,6 +176,7 @@ impl Monitor {
             requests: Arc::default(),
             adoptions_due: AtomicU64::new(0),
             process_id,
+            group,
             owner: watch::Sender::new(0),
         })
     }
@@ -242,6 +254,7 @@ async fn watch_over(
     };
     let end = match end {
         Some(end) => end,
+        None if process.was_out_of_memory() => MachineEnd::OutOfMemory,
         None => MachineEnd::Died {
             status: status.ok(),
             stderr: String::from_utf8_lossy(&said.await.unwrap_or_default()).trim().to_owned(),

@@ -1,6 +1,7 @@
 //! Collecting what nobody needs: mark from the tags and the live sessions, sweep the rest.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -31,15 +32,59 @@ pub struct Collected {
     pub bytes: u64,
 }
 
+/// What was removed of writers that died before they were done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// How many writers that was.
+    pub sessions: u64,
+    /// The files they had begun.
+    pub files: u64,
+    /// The disk space these took, in bytes.
+    pub bytes: u64,
+}
+
+impl Swept {
+    /// Nobody died.
+    pub fn is_nothing(&self) -> bool {
+        self.sessions == 0
+    }
+
+    /// Counts what a dead session's folder holds. Its pins are empty, and no files of anybody's.
+    fn count(&mut self, folder: &Path) {
+        self.sessions += 1;
+        // What cannot be looked at is removed all the same, or that fails and says why.
+        for file in fs::read_dir(folder).into_iter().flatten().flatten() {
+            if let Some(file) = file.metadata().ok().filter(|file| file.len() > 0) {
+                self.files += 1;
+                self.bytes += file.blocks() * 512;
+            }
+        }
+    }
+}
+
+/// As a note to whoever uses the store: `what 2 interrupted commands left (3 files, 41 MiB)`.
+impl fmt::Display for Swept {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plural = |count| if count == 1 { "" } else { "s" };
+        write!(formatter, "what {} interrupted command{} left", self.sessions, plural(self.sessions))?;
+        let mib = self.bytes.div_ceil(1 << 20);
+        match self.files {
+            0 => Ok(()),
+            files => write!(formatter, " ({files} file{}, {mib} MiB)", plural(files)),
+        }
+    }
+}
+
 /// Removes the folders of sessions whose process is dead. Skipped while others publish; it will be tried again.
-pub(crate) fn sweep_dead_sessions(store: &Store) -> Result<(), StoreError> {
+pub(crate) fn sweep_dead_sessions(store: &Store) -> Result<Swept, StoreError> {
+    let mut swept = Swept::default();
     if list(&store.folder(Folder::Sessions))?.is_empty() {
-        return Ok(());
+        return Ok(swept);
     }
-    match Lock::try_exclusive(&store.lock_path()).context("lock", &store.lock_path())? {
-        Some(_lock) => live_sessions(store).map(drop),
-        None => Ok(()),
+    if let Some(_lock) = Lock::try_exclusive(&store.lock_path()).context("lock", &store.lock_path())? {
+        live_sessions(store, &mut swept)?;
     }
+    Ok(swept)
 }
 
 pub(crate) fn collect(store: &Store) -> Result<Collected, StoreError> {
@@ -48,14 +93,15 @@ pub(crate) fn collect(store: &Store) -> Result<Collected, StoreError> {
     sweep(store, &needed)
 }
 
-/// The pins of the sessions that live; the folders of the others are removed. Needs the lock exclusively.
-fn live_sessions(store: &Store) -> Result<Vec<PathBuf>, StoreError> {
+/// The pins of the sessions that live; the folders of the others are removed and counted. Needs the lock exclusively.
+fn live_sessions(store: &Store, swept: &mut Swept) -> Result<Vec<PathBuf>, StoreError> {
     let mut live = Vec::new();
     for name in list(&store.folder(Folder::Sessions))? {
         let folder = store.path(Folder::Sessions, &name);
         match Lock::try_exclusive(&folder.join(LIFE)) {
             Ok(None) => live.push(folder),
             Ok(Some(_dead)) => {
+                swept.count(&folder);
                 fs::remove_dir_all(&folder).or_else(ignore_missing).context("remove", &folder)?;
             }
             // The session ended between the listing and now.
@@ -69,7 +115,7 @@ fn live_sessions(store: &Store) -> Result<Vec<PathBuf>, StoreError> {
 /// The pin names of all that is needed.
 fn mark(store: &Store) -> Result<HashSet<String>, StoreError> {
     let mut needed = HashSet::new();
-    for session in live_sessions(store)? {
+    for session in live_sessions(store, &mut Swept::default())? {
         needed.extend(
             list(&session).or_else(|error| if session.exists() { Err(error) } else { Ok(Vec::new()) })?,
         );

@@ -19,7 +19,7 @@
 //! - What is named by its content never changes; it is written in a session's folder, synced, and renamed into place.
 //!   So a reader sees it whole or not at all, two writers of the same thing do no harm, and `kill -9` leaves litter
 //!   in `tmp/` at worst. The litter's owner held a lock; when the lock is free the owner is dead, and the next
-//!   [`Store::open`] sweeps it.
+//!   [`Store::open`] sweeps it, and [`Store::swept`] says so.
 //! - Everything read is checked: blobs against their name at each read, records against the checksum they end with,
 //!   the digests of an object against its name when it is opened, its blocks against the digests when they are read.
 //! - Nothing is removed but by [`Store::collect`]: what neither a tag nor a snapshot reaches and no live session has
@@ -39,7 +39,7 @@ mod snapshot;
 mod store;
 mod writer;
 
-pub use collect::Collected;
+pub use collect::{Collected, Swept};
 pub use draft::Draft;
 pub use error::StoreError;
 pub use object::{Object, ObjectId, ObjectReader};

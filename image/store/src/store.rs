@@ -9,7 +9,7 @@ use kiln_support::digest::Digest;
 use kiln_support::durable;
 use rustix::fs::Mode;
 
-use crate::collect::{self, Collected};
+use crate::collect::{self, Collected, Swept};
 use crate::error::Context;
 use crate::record;
 use crate::{ImageRecord, LayerRecord, Object, ObjectId, Session, StoreError, Tag};
@@ -27,6 +27,7 @@ const FORMAT: &str = "kiln-store 1\n";
 #[derive(Debug, Clone)]
 pub struct Store {
     root: Arc<PathBuf>,
+    swept: Swept,
 }
 
 /// The folders of a store.
@@ -98,7 +99,8 @@ impl Store {
     /// [`StoreError::Format`] when another version made it; [`StoreError::Io`] when it may not be written.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let root = root.into();
-        let store = Self { root: Arc::new(std::path::absolute(&root).context("find", &root)?) };
+        let path = std::path::absolute(&root).context("find", &root)?;
+        let store = Self { root: Arc::new(path), swept: Swept::default() };
         let format_path = store.root.join("format");
         match fs::read_to_string(&format_path) {
             Ok(format) if format == FORMAT => store.create_folders(&Folder::LATER)?,
@@ -112,8 +114,13 @@ impl Store {
             }
             Err(error) => return Err(error).context("open", &format_path),
         }
-        collect::sweep_dead_sessions(&store)?;
-        Ok(store)
+        let swept = collect::sweep_dead_sessions(&store)?;
+        Ok(Self { swept, ..store })
+    }
+
+    /// What dead writers had left when it was opened, which is gone.
+    pub fn swept(&self) -> Swept {
+        self.swept
     }
 
     fn create(&self) -> Result<(), StoreError> {

@@ -63,7 +63,7 @@ fn measure(runs: usize) {
         let fds = [null.as_fd(), stdout.as_fd(), stderr.as_fd()];
         let start = now_us();
         let program = Program::Path(Path::new(PROGRAM));
-        let child = kiln_jail::spawn(&Launch { program, args: &["jailed"], fds: &fds });
+        let child = kiln_jail::spawn(&Launch { program, args: &["jailed"], fds: &fds, cgroup: None });
         let child = child.expect("a process");
         let spawned = now_us();
         drop(stdout);

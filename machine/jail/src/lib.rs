@@ -27,5 +27,5 @@ pub use calls::{CALLS, Call, Need, Rule};
 pub use deadline::{EXIT_OVERDUE, deadline};
 pub use enter::{EnterError, Jailed, enter};
 pub use landlock::version as landlock_version;
-pub use limits::{OVERHEAD_BYTES, confine};
+pub use limits::{OVERHEAD_BYTES, THREADS_MAX, confine};
 pub use spawn::{Child, Launch, Program, SpawnError, spawn};

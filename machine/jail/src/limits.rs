@@ -11,15 +11,15 @@ pub const OVERHEAD_BYTES: u64 = 128 << 20;
 const ADDRESS_OVERHEAD_BYTES: u64 = 1 << 30;
 /// Descriptors: 300 files of a machine, twice while it is made, 512 connections, and the machine itself.
 const FILES: u64 = 2048;
-/// Threads: a vCPU each, a device each, and the first.
-const THREADS: u64 = 64;
+/// The threads a monitor may have: a vCPU each, a device each, and the first.
+pub const THREADS_MAX: u64 = 64;
 /// The most address space before the size of the machine is known.
 const UNKNOWN_BYTES: u64 = 2 << 40;
 
 /// The limits that are the same for all. What the host set lower stays so.
 pub(crate) fn set() -> io::Result<()> {
     lower(libc::RLIMIT_CORE, 0)?;
-    lower(libc::RLIMIT_NPROC, THREADS)?;
+    lower(libc::RLIMIT_NPROC, THREADS_MAX)?;
     lower(libc::RLIMIT_MEMLOCK, 0)?;
     lower(libc::RLIMIT_MSGQUEUE, 0)?;
     lower(libc::RLIMIT_NOFILE, FILES)?;

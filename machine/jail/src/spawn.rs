@@ -44,6 +44,8 @@ pub struct Launch<'a> {
     pub args: &'a [&'a str],
     /// Its descriptors from 0 on; it gets no others, and no environment.
     pub fds: &'a [BorrowedFd<'a>],
+    /// The folder of the control group (version 2) that it is born in; the one of this process when there is none.
+    pub cgroup: Option<BorrowedFd<'a>>,
 }
 
 /// A process could not be started. The host is to blame.
@@ -52,6 +54,9 @@ pub enum SpawnError {
     /// The host gives no namespaces.
     #[error("cannot make the namespaces of a process")]
     Namespaces(#[source] io::Error),
+    /// The control group takes no process, or this one may not put any into it.
+    #[error("cannot start a process in its control group")]
+    Group(#[source] io::Error),
     /// The program cannot be executed.
     #[error("cannot execute the program")]
     Execute(#[source] io::Error),
@@ -109,7 +114,11 @@ pub fn spawn(launch: &Launch<'_>) -> Result<Child, SpawnError> {
     let has_user_namespace = !rustix::process::geteuid().is_root();
     let mut plan =
         Plan { path: &path, file, argv: &argv, fds: launch.fds, has_user_namespace, failed: [0; 2] };
-    let child = clone(&mut plan, has_user_namespace).map_err(SpawnError::Namespaces)?;
+    let child = match launch.cgroup {
+        None => clone(&mut plan, has_user_namespace, None).map_err(SpawnError::Namespaces)?,
+        // Which of the two it was the kernel does not say; that namespaces can be had is said elsewhere.
+        group => clone(&mut plan, has_user_namespace, group).map_err(SpawnError::Group)?,
+    };
     let error = match plan.failed {
         [_, 0] => return Ok(child),
         [FAILED_EXECUTE, errno] => SpawnError::Execute(io::Error::from_raw_os_error(errno)),
@@ -120,28 +129,102 @@ pub fn spawn(launch: &Launch<'_>) -> Result<Child, SpawnError> {
     Err(error)
 }
 
-fn clone(plan: &mut Plan<'_>, with_user_namespace: bool) -> io::Result<Child> {
+fn clone(
+    plan: &mut Plan<'_>,
+    with_user_namespace: bool,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Child> {
     let mut stack: Vec<u128> = Vec::with_capacity(STACK_BYTES / size_of::<u128>());
-    // SAFETY: one past the end of what was allocated; stacks grow down from there.
-    let top = unsafe { stack.as_mut_ptr().add(stack.capacity()) };
     let user = if with_user_namespace { libc::CLONE_NEWUSER } else { 0 };
-    let flags =
-        libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::CLONE_NEWPID | user | libc::SIGCHLD;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::CLONE_NEWPID | user;
     let mut pidfd: c_int = -1;
+    let plan = ptr::from_mut(plan).cast::<c_void>();
     let before = block_signals();
-    // SAFETY: `CLONE_VFORK` stops this thread until the child has executed or ended, so that the stack, the plan and the place for
-    // the descriptor outlive its use of them. No handler of ours runs in the child, for all signals are blocked, and stay so.
+    // `CLONE_VFORK` stops this thread until the child has executed or ended, so that the stack, the plan and the place for the
+    // descriptor outlive its use of them. No handler of ours runs in the child, for all signals are blocked, and stay so.
     // `child` calls nothing that needs more than its own stack.
-    let id = unsafe {
-        libc::clone(child, top.cast(), flags, ptr::from_mut(plan).cast::<c_void>(), &raw mut pidfd)
+    let cloned = if let Some(cgroup) = cgroup {
+        // SAFETY: as above.
+        unsafe { clone_into(cgroup, flags, &mut stack, plan, &mut pidfd) }
+    } else {
+        // SAFETY: one past the end of what was allocated; stacks grow down from there.
+        let top = unsafe { stack.as_mut_ptr().add(stack.capacity()) };
+        // SAFETY: as above.
+        let id = unsafe { libc::clone(child, top.cast(), flags | libc::SIGCHLD, plan, &raw mut pidfd) };
+        if id < 0 { Err(io::Error::last_os_error()) } else { Ok(id) }
     };
-    let cloned = if id < 0 { Err(io::Error::last_os_error()) } else { Ok(id) };
     // SAFETY: the set is one that the kernel filled in.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut()) };
     let id = cloned?.cast_unsigned();
     // SAFETY: the kernel made the descriptor for us alone.
     Ok(Child { pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, id })
 }
+
+/// As the C library's `clone`, which cannot say in which control group; a process that is moved there later waits for all processors of
+/// the host. Linux man page clone(2), `CLONE_INTO_CGROUP`.
+///
+/// # Safety
+/// As `clone`: the thread must be stopped until the child has executed or ended, by `CLONE_VFORK`.
+unsafe fn clone_into(
+    cgroup: BorrowedFd<'_>,
+    flags: c_int,
+    stack: &mut Vec<u128>,
+    plan: *mut c_void,
+    pidfd: &mut c_int,
+) -> io::Result<c_int> {
+    let arguments = CloneArguments {
+        flags: u64::from(flags.cast_unsigned()) | CLONE_INTO_CGROUP,
+        pidfd: ptr::from_mut(pidfd) as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: stack.as_mut_ptr() as u64,
+        stack_bytes: (stack.capacity() * size_of::<u128>()) as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..CloneArguments::default()
+    };
+    let result: i64;
+    // SAFETY: the caller sees to it that what is pointed to outlives the child's use of it. The child comes back from the call on a
+    // stack of its own, which is aligned, with nothing on it: it may only call, and `child` does not return. This thread comes back
+    // with its registers as they were but for those that a system call changes.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r12",
+            "call r13",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 => result,
+            in("rdi") &raw const arguments,
+            in("rsi") size_of::<CloneArguments>(),
+            in("r12") plan,
+            in("r13") child as extern "C" fn(*mut c_void) -> c_int,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    if result < 0 { Err(io::Error::from_raw_os_error(-result as c_int)) } else { Ok(result as c_int) }
+}
+
+/// What `clone3` is told. Linux `include/uapi/linux/sched.h`, `struct clone_args`, its third version.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_bytes: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Blocks all signals for this thread, and returns what was blocked before.
 fn block_signals() -> libc::sigset_t {

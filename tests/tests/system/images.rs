@@ -2,7 +2,9 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, mpsc};
 
+use kiln_testkit::http::{Response, Server};
 use kiln_testkit::image;
 use kiln_testkit::registry::{Access, PASSWORD, Registry, USER, basic_auth};
 use kiln_tests::{Outcome, kiln, kiln_run};
@@ -124,4 +126,63 @@ fn a_killed_pull_is_repeated_cleanly() {
     }
     let mut run = kiln_run(&[], &reference, &["echo", "whole"]);
     Outcome::of(run.env("KILN_ROOT", own.path().join("store"))).prints("whole\n");
+}
+
+/// A registry that has one image, of which it gives half of a layer and then nothing more; it says when that has happened.
+fn half_a_registry() -> (Server, String, mpsc::Receiver<()>, mpsc::Sender<()>) {
+    let reference = image::busybox().expect("the image").reference();
+    let layout = reference.strip_prefix("oci-layout:").and_then(|rest| rest.rsplit_once(':'));
+    let layout = Path::new(layout.expect("a layout in a folder").0).to_owned();
+    let index = std::fs::read(layout.join("index.json")).expect("an index");
+    let index: serde_json::Value = serde_json::from_slice(&index).expect("JSON");
+    let manifest = index["manifests"][0].clone();
+    let [digest, media_type] =
+        ["digest", "mediaType"].map(|key| manifest[key].as_str().expect("text").to_owned());
+    let (reached, stuck) = mpsc::channel();
+    let (release, hold) = mpsc::channel::<()>();
+    let (reached, hold) = (Mutex::new(reached), Mutex::new(hold));
+    let server = Server::start("127.0.0.1", move |request| {
+        if request.range_start().is_some_and(|start| start > 0) {
+            reached.lock().expect("one at a time").send(()).expect("the test waits");
+            // Until the test lets go of it.
+            let _ = hold.lock().expect("one at a time").recv();
+        }
+        if request.path.contains("/manifests/") {
+            let bytes =
+                std::fs::read(layout.join("blobs").join(digest.replace(':', "/"))).expect("a manifest");
+            return Response::new(200, bytes).header("content-type", media_type.clone());
+        }
+        let Some((_, digest)) = request.path.split_once("/blobs/") else { return Response::new(200, "") };
+        let bytes = std::fs::read(layout.join("blobs").join(digest.replace(':', "/"))).expect("a blob");
+        let half = bytes.len() / 2;
+        let response = Response::new(200, bytes);
+        if half > HALF_A_LAYER_BYTES_MIN { response.cut_after(half) } else { response }
+    });
+    let server = server.expect("a server");
+    let name = format!("{}/tools/busybox:1", server.address());
+    (server, name, stuck, release)
+}
+
+/// Half of anything longer is half of a layer.
+const HALF_A_LAYER_BYTES_MIN: usize = 64 << 10;
+
+#[test]
+fn what_a_killed_pull_left_is_removed_and_told_once() {
+    let own = tempfile::tempdir().expect("a directory");
+    let (_server, name, stuck, _release) = half_a_registry();
+    let pull = || {
+        let mut pull = in_own(own.path(), &["pull", "--quiet", &name]).spawn().expect("kiln starts");
+        stuck.recv().expect("half of the layer has come");
+        pull.kill().expect("kiln is there");
+        pull.wait().expect("kiln is waited for");
+    };
+    let listed = |words: &[&str]| Outcome::of(&mut in_own(own.path(), words)).code(0).err();
+    pull();
+    let told = listed(&["images"]);
+    assert!(told.starts_with("note: removed what 1 interrupted command left ("), "{told}");
+    assert!(told.ends_with(" MiB)\n") && !told.contains("(0 file"), "{told}");
+    assert_eq!(listed(&["images"]), "");
+    assert_eq!(std::fs::read_dir(own.path().join("store/tmp")).expect("a folder").count(), 0);
+    pull();
+    assert_eq!(listed(&["images", "--quiet"]), "");
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use kiln_testkit::inject::Hostage;
-use kiln_tests::{Outcome, Session, busybox, descendants, kiln, kiln_run, program};
+use kiln_tests::{Outcome, Session, busybox, descendants, kiln, kiln_run, monitor_of, program};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// An ordinary user: no name, no groups.
@@ -21,18 +21,6 @@ mount --bind "$1/kvm" /dev/kvm
 shift
 exec setpriv --reuid "$KILN_TEST_USER" --regid "$KILN_TEST_USER" --clear-groups "$@"
 "#;
-
-/// The one monitor among the processes that came of `pid`.
-#[track_caller]
-fn monitor_of(pid: Pid) -> Pid {
-    let is_monitor = |pid: &Pid| {
-        let words = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
-        words.starts_with(b"kiln-monitor\0")
-    };
-    let monitors: Vec<Pid> = descendants(pid).into_iter().filter(is_monitor).collect();
-    let [monitor] = monitors[..] else { panic!("one monitor: {monitors:?}") };
-    monitor
-}
 
 /// A command that has begun, in a machine.
 fn waiting() -> Session {
@@ -48,7 +36,7 @@ fn status(pid: Pid, field: &str) -> String {
 }
 
 /// A copy of the image that every user may read.
-fn image_for_all(folder: &Path) -> String {
+pub(crate) fn image_for_all(folder: &Path) -> String {
     let reference = busybox().reference();
     let layout = reference.strip_prefix("oci-layout:").and_then(|rest| rest.rsplit_once(':'));
     let (layout, tag) = layout.expect("a layout in a folder");

@@ -14,6 +14,7 @@ mod disk;
 mod examples;
 mod exit;
 mod files;
+mod groups;
 mod guide;
 mod images;
 mod jail;

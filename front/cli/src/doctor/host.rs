@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use kiln::GuestBundle;
+use kiln::monitor::{CGROUP_VARIABLE, GroupError, Groups};
+use kiln::{GuestBundle, with_causes};
 
 use super::{Finding, chosen, text};
 use crate::failure::Failure;
@@ -115,11 +116,25 @@ pub(super) fn huge_pages(root: &Path) -> Finding {
     }
 }
 
-/// Which cgroup version is it?
-pub(super) fn cgroups(root: &Path) -> Finding {
+/// Which cgroup version is it, and has a machine's process a group of its own?
+pub(super) fn cgroups(root: &Path, groups: Result<Option<&Groups>, &GroupError>) -> Finding {
     const CHECK: &str = "cgroups";
+    const ALONE: &str = "machines are bounded by resource limits of their process alone";
+    match groups {
+        Ok(Some(groups)) => {
+            let folder = groups.folder().display();
+            return Finding::ok(CHECK, format!("cgroup v2; a machine's process has a group in {folder}"));
+        }
+        Err(error) => {
+            return Finding::failure(CHECK, with_causes(error), "no machine can be started", error.hint());
+        }
+        Ok(None) => {}
+    }
     if root.join("sys/fs/cgroup/cgroup.controllers").exists() {
-        return Finding::ok(CHECK, "cgroup v2");
+        return Finding::ok(
+            CHECK,
+            format!("cgroup v2, and no group for machines ({CGROUP_VARIABLE} is not set)"),
+        );
     }
     if root.join("sys/fs/cgroup").is_dir() {
         return Finding::warning(
@@ -129,12 +144,7 @@ pub(super) fn cgroups(root: &Path) -> Finding {
             "boot the host with systemd.unified_cgroup_hierarchy=1",
         );
     }
-    Finding::warning(
-        CHECK,
-        "no cgroups are mounted",
-        "machines are bounded by resource limits of their process alone",
-        "mount -t cgroup2 none /sys/fs/cgroup",
-    )
+    Finding::warning(CHECK, "no cgroups are mounted", ALONE, "mount -t cgroup2 none /sys/fs/cgroup")
 }
 
 /// May an ordinary user make user namespaces?
@@ -241,12 +251,15 @@ mod tests {
 
     #[test]
     fn the_first_cgroup_version_is_a_warning() {
-        assert_eq!(cgroups(root(&[("sys/fs/cgroup/memory/tasks", "")]).path()).status, Status::Warning);
         assert_eq!(
-            cgroups(root(&[("sys/fs/cgroup/cgroup.controllers", "memory")]).path()).status,
+            cgroups(root(&[("sys/fs/cgroup/memory/tasks", "")]).path(), Ok(None)).status,
+            Status::Warning
+        );
+        assert_eq!(
+            cgroups(root(&[("sys/fs/cgroup/cgroup.controllers", "memory")]).path(), Ok(None)).status,
             Status::Ok
         );
-        assert_eq!(cgroups(root(&[]).path()).status, Status::Warning);
+        assert_eq!(cgroups(root(&[]).path(), Ok(None)).status, Status::Warning);
     }
 
     #[test]

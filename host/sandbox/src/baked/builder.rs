@@ -139,7 +139,8 @@ impl ImageBuilder {
         self
     }
 
-    /// Is told what the monitors of its machines warn of, as [`VmBuilder::on_warning`].
+    /// Is told what the monitors of its machines warn of, as [`VmBuilder::on_warning`], and what crashes had left in the store that
+    /// [`build`](Self::build) opens, which it has removed.
     pub fn on_warning(mut self, listener: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.warnings = Some(Arc::new(listener));
         self
@@ -313,7 +314,11 @@ impl ImageBuilder {
             return Ok(store.clone());
         }
         let folder = self.folder.clone().map_or_else(Store::default_root, Ok)?;
-        Ok(blocking(move || Store::open(folder)).await?)
+        let store = blocking(move || Store::open(folder)).await?;
+        if let Some(warnings) = self.warnings.as_ref().filter(|_| !store.swept().is_nothing()) {
+            warnings(&format!("removed {}", store.swept()));
+        }
+        Ok(store)
     }
 
     /// What its machines are to be.

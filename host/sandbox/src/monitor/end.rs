@@ -39,6 +39,8 @@ pub enum MachineEnd {
         /// What would help, or empty.
         hint: String,
     },
+    /// The monitor process was killed by the kernel: its control group had more memory than it may.
+    OutOfMemory,
     /// The monitor process went away without a word.
     Died {
         /// How the process ended, when that could be learned.
@@ -56,7 +58,8 @@ impl MachineEnd {
             Self::Stopped { .. } => Blame::Caller,
             Self::Failed { blame, .. } => *blame,
             Self::Died { status: Some(status), .. } if is_overdue(*status) => Blame::Guest,
-            Self::Died { .. } => Blame::Kiln,
+            // A guest that does what it may does not get there.
+            Self::OutOfMemory | Self::Died { .. } => Blame::Kiln,
         }
     }
 
@@ -102,6 +105,12 @@ impl fmt::Display for MachineEnd {
                 if detail.is_empty() { Ok(()) } else { write!(formatter, ": {}", printable(detail)) }
             }
             Self::Failed { message, .. } => formatter.write_str(message),
+            Self::OutOfMemory => {
+                write!(
+                    formatter,
+                    "the monitor was killed: it needed more memory than its control group may have"
+                )
+            }
             Self::Died { status: Some(status), stderr } if status.signal() == Some(SIGSYS) => {
                 write!(formatter, "the monitor was ")?;
                 match stderr.lines().last() {

@@ -1,5 +1,6 @@
 //! What a monitor is told, and the answers it is waited for.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,9 +10,15 @@ use kiln_control::{
     Do, Entered, Files, MAX_PACKET_FDS, Pause, Portion, Prepare, Restore, Resume, SaveMemory, SaveState,
     Saved, ShowConsole, Standing, Start,
 };
+use rustix::fs::{fstat, fstatfs};
 
 use super::life::{Life, reach};
 use super::{ADOPT_LIMIT, BootTimes, DeathWatch, EndWatch, MachineEnd, Monitor, MonitorError, RestoreTimes};
+
+/// Linux `include/uapi/linux/magic.h`.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+/// More than any bound counts to.
+const UNBOUNDED: u64 = u64::MAX;
 
 impl Monitor {
     /// Makes the machine and boots it: once, first. `fds` are what the message's `*_fd` fields count.
@@ -31,6 +38,7 @@ impl Monitor {
     /// # Errors
     /// [`MonitorError::Ended`] with why it cannot be made.
     pub async fn prepare(&self, memory_mib: u32, vcpus: u32) -> Result<(), MonitorError> {
+        self.bound(mib(memory_mib))?;
         self.send(Do::Prepare(Prepare { memory_mib, vcpus }), &[]).await?;
         self.reach(|life| life.prepared.then_some(())).await
     }
@@ -273,8 +281,23 @@ impl Monitor {
         Ok(reach(self.life.clone(), reached).await?)
     }
 
+    /// Bounds its control group to what a machine needs with so much memory, before the machine is made.
+    fn bound(&self, guest_bytes: u64) -> Result<(), MonitorError> {
+        let Some(group) = &self.group else { return Ok(()) };
+        match group.bound(guest_bytes) {
+            // It is removed with the process, whose end says why.
+            Err(_) if self.has_ended() => Ok(()),
+            bounded => Ok(bounded?),
+        }
+    }
+
     /// Gives an order with more files beside it than a packet may carry.
     async fn send_with_files(&self, order: Do, fds: &[BorrowedFd<'_>]) -> Result<(), MonitorError> {
+        if self.group.is_some()
+            && let Some(bytes) = guest_bytes(&order, fds).map_err(MonitorError::Setup)?
+        {
+            self.bound(bytes)?;
+        }
         let (mut rest, beside) = fds.split_at(fds.len().saturating_sub(MAX_PACKET_FDS));
         while !rest.is_empty() {
             let (files, others) = rest.split_at(rest.len().min(MAX_PACKET_FDS));
@@ -283,4 +306,35 @@ impl Monitor {
         }
         self.send(order, beside).await
     }
+}
+
+/// The memory of the guest that an order makes; [`UNBOUNDED`] when that bounds nothing, for its files are memory too, and `None` of an order that
+/// makes none.
+fn guest_bytes(order: &Do, fds: &[BorrowedFd<'_>]) -> io::Result<Option<u64>> {
+    let file = |index: u32| fds.get(index as usize).copied().ok_or(io::ErrorKind::InvalidInput);
+    let (bytes, disks) = match order {
+        Do::Start(start) => (mib(start.memory_mib), &start.disks),
+        Do::Restore(restore) => {
+            let memory = file(restore.memory_fd)?;
+            if is_in_memory(memory)? {
+                return Ok(Some(UNBOUNDED));
+            }
+            (fstat(memory)?.st_size.cast_unsigned(), &restore.disks)
+        }
+        _ => return Ok(None),
+    };
+    for extent in disks.iter().filter(|disk| !disk.read_only).flat_map(|disk| &disk.extents) {
+        if is_in_memory(file(extent.fd)?)? {
+            return Ok(Some(UNBOUNDED));
+        }
+    }
+    Ok(Some(bytes))
+}
+
+fn is_in_memory(file: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(fstatfs(file)?.f_type.cast_unsigned() == TMPFS_MAGIC)
+}
+
+fn mib(mib: u32) -> u64 {
+    u64::from(mib) << 20
 }

@@ -103,6 +103,10 @@ pub async fn probe(program: &MonitorProgram) -> Result<Probe, MonitorError> {
         Err(error @ StartError::Device(_)) => {
             return Ok(Probe { open_error: Some(error.to_string()), ..Probe::default() });
         }
+        Err(error @ (StartError::Groups(_) | StartError::Group(_) | StartError::Born(_))) => {
+            let obstacle = Obstacle { why: error.to_string(), fix: error.hint().to_owned() };
+            return Ok(Probe { jail_error: Some(obstacle), ..Probe::default() });
+        }
         Err(error @ StartError::Namespaces(_)) => {
             let obstacle = Obstacle { why: error.to_string(), fix: "see `user_namespaces` below".to_owned() };
             return Ok(Probe { jail_error: Some(obstacle), ..Probe::default() });

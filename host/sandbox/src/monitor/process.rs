@@ -8,10 +8,12 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 
 use kiln_jail::{Child, Launch, SpawnError};
+use kiln_support::causes::with_causes;
 use tokio::io::Interest;
 use tokio::net::unix::pipe;
 use tokio::runtime::Handle;
 
+use super::group::{self, Group, GroupError, Groups};
 use super::{MONITOR_NAME, MachineEnd, MonitorError, MonitorProgram};
 use crate::Blame;
 use crate::readiness::Readiness;
@@ -29,6 +31,12 @@ pub(super) enum StartError {
     Namespaces(io::Error),
     /// The program cannot be executed.
     Execute(MonitorProgram, io::Error),
+    /// Control groups cannot be used although this user wants them.
+    Groups(&'static GroupError),
+    /// No control group can be made.
+    Group(GroupError),
+    /// No process can be started in a control group.
+    Born(io::Error),
     /// The host is out of something.
     Setup(io::Error),
 }
@@ -38,6 +46,7 @@ pub(super) enum StartError {
 pub(super) struct Process {
     /// `None` once it has been waited for.
     running: Option<Running>,
+    was_out_of_memory: bool,
 }
 
 #[derive(Debug)]
@@ -47,6 +56,8 @@ struct Running {
     readiness: Readiness,
     /// Who waits for it should its handle be dropped.
     runtime: Handle,
+    /// Where there are such.
+    group: Option<Arc<Group>>,
 }
 
 impl Process {
@@ -63,19 +74,30 @@ impl Process {
         let mut args = vec![MONITOR_NAME];
         args.extend(arguments);
         let fds = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd(), device.as_fd()];
-        let child = kiln_jail::spawn(&Launch { program: program.executable(), args: &args, fds: &fds });
-        let child = child.map_err(|error| match error {
+        let group = group::groups().map_err(StartError::Groups)?;
+        let group = group.map(Groups::new_group).transpose().map_err(StartError::Group)?.map(Arc::new);
+        let cgroup = group.as_ref().map(|group| group.as_fd());
+        let launch = Launch { program: program.executable(), args: &args, fds: &fds, cgroup };
+        let spawned = kiln_jail::spawn(&launch).inspect_err(|_| {
+            group.as_ref().map(|group| group.remove());
+        });
+        let child = spawned.map_err(|error| match error {
             SpawnError::Namespaces(source) => StartError::Namespaces(source),
+            SpawnError::Group(source) => StartError::Born(source),
             SpawnError::Execute(source) => StartError::Execute(program.clone(), source),
             SpawnError::Host(source) => StartError::Setup(source),
         })?;
         match readiness(&child) {
             Ok(readiness) => Ok((
-                Self { running: Some(Running { child, readiness, runtime: Handle::current() }) },
+                Self {
+                    running: Some(Running { child, readiness, runtime: Handle::current(), group }),
+                    was_out_of_memory: false,
+                },
                 reading,
             )),
             Err(error) => {
                 let _ = child.kill().and_then(|()| child.wait());
+                group.map(|group| group.remove());
                 Err(StartError::Setup(error))
             }
         }
@@ -85,8 +107,23 @@ impl Process {
     pub(super) async fn wait(&mut self) -> io::Result<ExitStatus> {
         let Some(running) = &self.running else { return Err(io::ErrorKind::NotFound.into()) };
         let status = running.ended().await;
-        self.running = None;
+        let group = self.running.take().and_then(|running| running.group);
+        if let Some(group) = group {
+            // On a thread of its own: to remove a group the kernel waits for its locks.
+            let removed = tokio::task::spawn_blocking(move || group.remove());
+            self.was_out_of_memory = removed.await.unwrap_or(false);
+        }
         status
+    }
+
+    /// Whether it was killed since it had more memory than its control group may have. Known once it has been waited for.
+    pub(super) fn was_out_of_memory(&self) -> bool {
+        self.was_out_of_memory
+    }
+
+    /// Its control group, if it has one.
+    pub(super) fn group(&self) -> Option<Arc<Group>> {
+        self.running.as_ref()?.group.clone()
     }
 
     /// Its process id; 0 once it has been waited for.
@@ -107,7 +144,12 @@ impl Drop for Process {
         let _ = running.child.kill();
         // So that nothing is left of it. Where the runtime does not run any more, this process goes as well.
         let runtime = running.runtime.clone();
-        runtime.spawn(async move { running.ended().await });
+        runtime.spawn(async move {
+            let _ = running.ended().await;
+            if let Some(group) = running.group {
+                tokio::task::spawn_blocking(move || group.remove());
+            }
+        });
     }
 }
 
@@ -137,6 +179,9 @@ impl fmt::Display for StartError {
                 write!(formatter, "cannot make the namespaces of a machine's process: {error}")
             }
             Self::Execute(program, error) => write!(formatter, "cannot execute {program}: {error}"),
+            Self::Groups(error) => formatter.write_str(&with_causes(error)),
+            Self::Group(error) => formatter.write_str(&with_causes(error)),
+            Self::Born(error) => write!(formatter, "cannot start a process in a control group: {error}"),
             Self::Setup(error) => write!(formatter, "cannot start a process: {error}"),
         }
     }
@@ -144,9 +189,15 @@ impl fmt::Display for StartError {
 
 impl StartError {
     /// What would help, or empty.
-    fn hint(&self) -> &'static str {
-        let Self::Device(error) = self else {
-            return "kiln doctor says whether this user may make namespaces, and what would help";
+    pub(super) fn hint(&self) -> &'static str {
+        let error = match self {
+            Self::Device(error) => error,
+            Self::Groups(error) => return error.hint(),
+            Self::Group(error) => return error.hint(),
+            Self::Born(_) => {
+                return "the host's own group must be one below the folder that KILN_CGROUP names, or below its parent; unset it to go without";
+            }
+            _ => return "kiln doctor says whether this user may make namespaces, and what would help",
         };
         match error.kind() {
             io::ErrorKind::PermissionDenied => {
@@ -166,7 +217,7 @@ impl From<StartError> for MonitorError {
             StartError::Execute(program, source) => Self::Spawn { program, source },
             StartError::Setup(source) => Self::Setup(source),
             // What the host lacks for any machine is a machine's end that never began.
-            StartError::Device(_) | StartError::Namespaces(_) => {
+            _ => {
                 let (message, hint) = (error.to_string(), error.hint().to_owned());
                 Arc::new(MachineEnd::Failed { blame: Blame::Host, message, hint }).into()
             }

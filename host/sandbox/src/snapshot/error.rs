@@ -52,7 +52,7 @@ impl SnapshotError {
     pub(crate) fn is_the_snapshots(&self) -> bool {
         match self {
             Self::Damaged(_) | Self::Gone | Self::Mixed | Self::OtherRoot | Self::NotAdopted(_) => true,
-            Self::Refused(end) => !matches!(**end, MachineEnd::Died { .. }),
+            Self::Refused(end) => !matches!(**end, MachineEnd::Died { .. } | MachineEnd::OutOfMemory),
             Self::Overdue(_) => false,
         }
     }

@@ -87,8 +87,10 @@ fn kill_9_loses_nothing_acknowledged_and_leaves_nothing_half_written() {
             note(&line);
         }
 
-        litter_seen += std::fs::read_dir(store.root().join("tmp")).expect("a folder").count();
+        let left = std::fs::read_dir(store.root().join("tmp")).expect("a folder").count();
+        litter_seen += left;
         let store = Store::open(store.root()).expect("opens after a kill");
+        assert_eq!(store.swept().sessions, left as u64, "what is removed is told");
         let litter = std::fs::read_dir(store.root().join("tmp")).expect("a folder").count();
         assert_eq!(litter, 0, "the dead writer's folder is swept");
         check_all_files(&store);

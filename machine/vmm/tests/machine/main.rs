@@ -3,6 +3,7 @@
 //! They need a readable and writable /dev/kvm and fail without one. What a real kernel does is tested elsewhere; here
 //! each claim is one guest that is only that claim.
 
+mod deadline;
 mod exits;
 mod guest;
 mod jail;

@@ -5,12 +5,14 @@ use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, ExitStatus};
+use std::time::Duration;
 
 use kiln_control::{
     Blame, Channel, ChannelError, Command as Order, Connect, Disk, Do, EndReason, Ended, Event, Extent,
     Failed, Files, Happened, Start, Stop,
 };
 use kiln_jail::{Child, Launch, Program, SpawnError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::guest::{Guest, file};
@@ -81,6 +83,19 @@ impl Monitor {
         self.child.id()
     }
 
+    /// How it exits although its host is gone; `None` when it has not in that time.
+    pub(crate) fn exit_alone(self, limit: Duration) -> Option<ExitStatus> {
+        drop(self.channel);
+        let limit = Timespec::try_from(limit).expect("a short time");
+        let mut ended = [PollFd::new(&self.child, PollFlags::IN)];
+        if poll(&mut ended, Some(&limit)).expect("it is polled") == 0 {
+            self.child.kill().expect("it is ours");
+        }
+        let is_ended = !ended[0].revents().is_empty();
+        let status = self.child.wait().expect("it exits");
+        is_ended.then_some(status)
+    }
+
     pub(crate) fn exit(self) -> ExitStatus {
         drop(self.channel);
         self.child.wait().expect("it exits")
@@ -108,7 +123,7 @@ fn jailed_from(
     let device = device.expect("these tests need KVM: a readable and writable /dev/kvm");
     let args: Vec<&str> = ["kiln-monitor"].into_iter().chain(arguments.iter().copied()).collect();
     let fds = [stdin, stdout, stderr, device.as_fd()];
-    kiln_jail::spawn(&Launch { program, args: &args, fds: &fds }).expect("a process")
+    kiln_jail::spawn(&Launch { program, args: &args, fds: &fds, cgroup: None }).expect("a process")
 }
 
 fn start() -> Start {
@@ -314,8 +329,12 @@ fn a_program_without_a_name_is_executed_by_its_descriptor() {
 fn a_descriptor_that_is_no_program_is_not_executed() {
     let text = file(b"text");
     let null = File::open("/dev/null").expect("/dev/null");
-    let launch =
-        Launch { program: Program::File(text.as_fd()), args: &["kiln-monitor"], fds: &[null.as_fd()] };
+    let launch = Launch {
+        program: Program::File(text.as_fd()),
+        args: &["kiln-monitor"],
+        fds: &[null.as_fd()],
+        cgroup: None,
+    };
     let error = kiln_jail::spawn(&launch).expect_err("no program");
     assert!(matches!(error, SpawnError::Execute(_)), "{error:?}");
 }
@@ -340,7 +359,12 @@ fn without_a_channel_the_program_says_so() {
     let null = File::open("/dev/null").expect("/dev/null");
     let (mut reading, stderr) = std::io::pipe().expect("a pipe");
     let fds = [null.as_fd(), null.as_fd(), stderr.as_fd(), null.as_fd()];
-    let launch = Launch { program: Program::Path(Path::new(PROGRAM)), args: &["kiln-monitor"], fds: &fds };
+    let launch = Launch {
+        program: Program::Path(Path::new(PROGRAM)),
+        args: &["kiln-monitor"],
+        fds: &fds,
+        cgroup: None,
+    };
     let child = kiln_jail::spawn(&launch).expect("a process");
     drop(stderr);
     let mut text = String::new();

@@ -32,14 +32,14 @@ fn parking(acknowledges: bool) -> Guest {
 }
 
 /// A monitor whose guest is parked.
-fn parked(guest: &Guest) -> Monitor {
+pub(crate) fn parked(guest: &Guest) -> Monitor {
     let monitor = Monitor::start(&guest.elf());
     assert!(matches!(monitor.event(), Happened::Booted(_)));
     assert!(matches!(monitor.event(), Happened::Parked(_)));
     monitor
 }
 
-fn generation(id: u8) -> Vec<u8> {
+pub(crate) fn generation(id: u8) -> Vec<u8> {
     vec![id; GENERATION_BYTES]
 }
 
@@ -49,7 +49,7 @@ fn saved(monitor: &Monitor) -> Saved {
 }
 
 /// The snapshot of a machine: its state and its memory.
-fn save(monitor: &Monitor) -> [File; 2] {
+pub(crate) fn save(monitor: &Monitor) -> [File; 2] {
     let files = [(); 2].map(|()| tempfile::tempfile().expect("a file"));
     let [state, memory] = &files;
     monitor.order(Do::SaveMemory(SaveMemory::default()), &[memory]);
@@ -68,7 +68,7 @@ fn restore(files: &[File; 2], generation: Option<Vec<u8>>) -> Monitor {
 }
 
 /// Has a monitor make the machine of a snapshot, whatever it was.
-fn restore_in(monitor: &Monitor, files: &[File; 2], order: Restore) {
+pub(crate) fn restore_in(monitor: &Monitor, files: &[File; 2], order: Restore) {
     for mut file in files {
         file.seek(SeekFrom::Start(0)).expect("it is a file");
     }
