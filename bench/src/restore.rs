@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use kiln::MonitorProgram;
 use kiln::monitor::{Monitor, Restore};
-use kiln_protocol::mailbox::Generation;
+use kiln_protocol::mailbox::{Bounds, Generation};
 use kiln_testkit::guest::{Guest, Saved};
 
 use crate::firecracker::Firecracker;
@@ -169,5 +169,6 @@ pub(crate) fn generation(run: u64) -> Generation {
         machine_id: id,
         boot_id: id,
         hostname: format!("clone-{run}"),
+        bounds: Bounds::default(),
     }
 }

@@ -84,6 +84,7 @@ pub(crate) fn adopt(
     seeded.map_err(|error| internal("seed the random generator", error))?;
     set_clock(&generation, || rate.ns(sys::ticks().wrapping_sub(taken.ticks)))?;
     let life = Life::of(&generation, counter);
+    bound(&generation, place.as_deref())?;
     name(generation.hostname, place, &life)?;
     Ok(life)
 }
@@ -95,6 +96,16 @@ fn set_clock(generation: &Generation, since: impl FnOnce() -> u64) -> Result<(),
     let now = generation.realtime_ns.saturating_add(since());
     rustix::time::clock_settime(ClockId::Realtime, timespec(now))
         .map_err(|error| internal("set the clock", error))
+}
+
+fn bound(generation: &Generation, place: Option<&Place>) -> Result<(), Failed> {
+    if generation.bounds.is_none() {
+        return Ok(());
+    }
+    match place.and_then(|place| place.groups.as_ref()) {
+        Some(groups) => groups.bound(generation.bounds),
+        None => Err(crate::failure::invalid("the guest has no control groups to bound processes by".into())),
+    }
 }
 
 fn name(hostname: String, place: Option<&mut Place>, life: &Life) -> Result<(), Failed> {

@@ -23,6 +23,7 @@ mod extra;
 mod failure;
 mod files;
 mod freezer;
+mod groups;
 mod hooks;
 mod identity;
 pub mod listen;
@@ -39,6 +40,6 @@ mod transfer;
 mod user;
 mod workload;
 
-pub use freezer::Groups;
+pub use groups::Groups;
 pub use identity::{Files as IdentityFiles, Life};
 pub use workload::Place;

@@ -10,12 +10,13 @@ use alloc::ffi::CString;
 use alloc::format;
 
 use kiln_protocol::Failed;
-use rustix::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, MountFlags, MoveMountFlags, UnmountFlags};
 
 use crate::failure::internal;
+use crate::groups::{self, Groups};
 use crate::{files, identity};
 
 /// Where the image's file system is before it is part of the root.
@@ -66,11 +67,10 @@ const DEVICE_LINKS: [(&str, &str); 7] = [
     ("pts/ptmx", "ptmx"),
     ("pts/0", "console"),
 ];
-/// Where the control groups are before set-up.
-const CONTROL_GROUPS: &str = "/waiting/sys/fs/cgroup";
-/// What moves a process into the root group, where the agent is and nothing freezes; commands may not write them.
-const ROOT_GROUP_LISTS: [&str; 2] =
-    ["/waiting/sys/fs/cgroup/cgroup.procs", "/waiting/sys/fs/cgroup/cgroup.threads"];
+/// All control groups, out of the reach of commands: the agent is in their root, and the bounds of commands are above the commands' own.
+const CONTROL_GROUPS: &str = "/waiting/groups";
+/// Where commands find those that are theirs, before set-up.
+const COMMANDS_GROUPS: &str = "/waiting/sys/fs/cgroup";
 /// The file system of the agent's own files that commands see, and its size.
 const PRIVATE: &str = "/run/kiln";
 const PRIVATE_OPTIONS: &str = "mode=755,size=1m,nr_inodes=64";
@@ -97,8 +97,8 @@ pub(crate) struct Mounts {
     sys: OwnedFd,
     dev: OwnedFd,
     private: OwnedFd,
-    /// The root of the control groups; without any an empty directory, or nothing.
-    groups: Option<OwnedFd>,
+    /// The control groups, if the kernel has any.
+    groups: Option<Groups>,
     knobs: OwnedFd,
 }
 
@@ -106,18 +106,12 @@ impl Mounts {
     /// Mounts what commands expect to find, /proc apart, which each PID namespace mounts for itself.
     pub(crate) fn make() -> Result<Self, Failed> {
         let closed = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        for directory in [WAITING, WAITING_SYS, WAITING_DEV, WAITING_PRIVATE, KNOBS] {
+        for directory in [WAITING, WAITING_SYS, WAITING_DEV, WAITING_PRIVATE, KNOBS, CONTROL_GROUPS] {
             make_directory(directory).map_err(|error| internal("make a mount point", error))?;
         }
         mount("sysfs", KNOBS, "sysfs", closed, "")?;
         mount("sysfs", WAITING_SYS, "sysfs", closed | MountFlags::RDONLY, "")?;
-        // Writable for the guest's root: limits on its own processes are its own affair. The agent is in the root group,
-        // which has no limits and cannot be frozen.
-        if optional("cgroup", CONTROL_GROUPS, "cgroup2", closed, "nsdelegate")? {
-            for list in ROOT_GROUP_LISTS {
-                close(list, closed).map_err(|error| internal(&format!("close {list}"), error))?;
-            }
-        }
+        let groups = control_groups(closed)?;
         mount("dev", WAITING_DEV, "tmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, "mode=755,size=64k")?;
         let dev = directory(WAITING_DEV)?;
         devices(&dev).map_err(|error| internal("fill /dev", error))?;
@@ -135,14 +129,14 @@ impl Mounts {
             sys: directory(WAITING_SYS)?,
             dev,
             private: directory(WAITING_PRIVATE)?,
-            groups: directory(CONTROL_GROUPS).ok(),
+            groups,
             knobs: directory(KNOBS)?,
         })
     }
 
-    /// The root of the control groups, which may be an empty directory, for there may be none.
-    pub(crate) fn groups(&self) -> Option<BorrowedFd<'_>> {
-        self.groups.as_ref().map(OwnedFd::as_fd)
+    /// The control groups, once.
+    pub(crate) fn take_groups(&mut self) -> Option<Groups> {
+        self.groups.take()
     }
 
     /// Moves all to where they belong in the root there is now.
@@ -196,6 +190,20 @@ impl Mounts {
         if let Ok(knob) = rustix::fs::openat(&self.knobs, path, flags, Mode::empty()) {
             let _ = rustix::io::write(&knob, value);
         }
+    }
+}
+
+/// Makes the control groups, if the kernel has any, and shows commands their own. That is writable for the guest's root: how it divides what
+/// it has among its processes is its own affair.
+fn control_groups(closed: MountFlags) -> Result<Option<Groups>, Failed> {
+    if !optional("cgroup", CONTROL_GROUPS, "cgroup2", closed, "nsdelegate")? {
+        return Ok(None);
+    }
+    let groups = Groups::below(directory(CONTROL_GROUPS)?)
+        .map_err(|error| internal("make the control groups", error))?;
+    match rustix::mount::mount_bind(format!("{CONTROL_GROUPS}/{}", groups::COMMANDS), COMMANDS_GROUPS) {
+        Ok(()) => Ok(Some(groups)),
+        Err(error) => Err(internal(&format!("mount {COMMANDS_GROUPS}"), error)),
     }
 }
 

@@ -121,7 +121,7 @@ impl Power {
 /// Whether the mail is one to be acknowledged by parking again.
 #[inline]
 fn is_rehearsal(mail: &Mail) -> bool {
-    mail[mailbox::REHEARSAL_AT..] != [0; 4]
+    mail[mailbox::REHEARSAL_AT..][..4] != [0; 4]
 }
 
 #[cold]

@@ -13,7 +13,7 @@ use rustix::time::ClockId;
 
 use crate::adopt::timespec;
 use crate::failure::{internal, invalid, text, unusable_directory};
-use crate::freezer::Groups;
+use crate::groups::Groups;
 use crate::identity::{Files, Life};
 use crate::mounts::Mounts;
 use crate::workload::Place;
@@ -69,12 +69,9 @@ pub fn prepare() -> Result<Prepared, Failed> {
     let random = mounts::kernel_devices()?;
     // Modes are exact.
     rustix::process::umask(Mode::empty());
-    let mounts = Mounts::make()?;
+    let mut mounts = Mounts::make()?;
     limits().map_err(|error| internal("limit what commands may do", error))?;
-    // A copy, for the original goes with the mounts.
-    let groups = mounts.groups().and_then(|root| rustix::io::fcntl_dupfd_cloexec(root, 0).ok());
-    // Without control groups there is an empty directory of sysfs, in which nothing can be made.
-    let groups = groups.and_then(|root| Groups::below(root).ok());
+    let groups = mounts.take_groups();
     Ok(Prepared { random, mounts, groups })
 }
 

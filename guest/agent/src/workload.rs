@@ -27,7 +27,8 @@ use rustix::thread::ThreadNameSpaceType;
 
 use crate::command::Command;
 use crate::failure::{internal, invalid, unusable_directory};
-use crate::freezer::{Frozen, Groups};
+use crate::freezer::Frozen;
+use crate::groups::Groups;
 use crate::identity::Files;
 use crate::signals::{self, SIGKILL, SIGTERM};
 use crate::sys::{self, Child, Stage, Start};
@@ -228,7 +229,7 @@ impl Workload {
         let stdin = theirs.stdin.as_ref().unwrap_or(&self.place.null);
         let stdout = theirs.stdout.as_ref().unwrap_or(stdin);
         let stderr = theirs.stderr.as_ref().unwrap_or(stdout);
-        let start = Start {
+        let mut start = Start {
             stdio: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
             terminal,
             prepare: (!self.proc_mounted.get()).then_some(mounts::proc as fn() -> Result<(), Errno>),
@@ -242,6 +243,14 @@ impl Workload {
             environment: &command.environment,
         };
         let mut started = sys::start(&start, is_first);
+        let late;
+        if let (Err((Stage::Clone, Errno::BUSY | Errno::OPNOTSUPP)), Some(groups)) =
+            (&started, &self.place.groups)
+        {
+            late = groups.late().map_err(|error| internal("make a control group", error))?;
+            start.control_group = Some(late.as_fd());
+            started = sys::start(&start, is_first);
+        }
         if matches!(started, Err((Stage::Directory, Errno::NOENT))) {
             self.undo_prepare(is_first, Stage::Directory);
             let directory = command.directory.to_string_lossy();

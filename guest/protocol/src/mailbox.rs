@@ -13,6 +13,8 @@
 //! 120  boot id       16 bytes
 //! 136  host name     length u32, then 64 bytes padded with zeros
 //! 204  rehearsal     u32; not zero: the agent is to acknowledge the id and park again, and that is all
+//! 208  memory        u32, MiB that the guest's processes may have together; 0: as it was
+//! 212  vCPUs         u32, the number of them that these processes run on; 0: as it was
 //! ```
 //!
 //! Numbers are little-endian. A rehearsal walks the way that a generation goes from the mailbox to its acknowledgement, so that
@@ -33,8 +35,10 @@ pub const REALTIME_AT: usize = 32;
 pub const ENTROPY_AT: usize = 40;
 /// Where it says that it is a rehearsal.
 pub const REHEARSAL_AT: usize = 204;
+/// Where the bounds of the guest's processes are: [`Bounds`].
+pub const BOUNDS_AT: usize = 208;
 /// The bytes of a [`Generation`] in the mailbox, from its start; the acknowledgement lies in them, zero.
-pub const GENERATION_BYTES: usize = 208;
+pub const GENERATION_BYTES: usize = 216;
 /// The bytes of a generation's id.
 pub const ID_BYTES: usize = 16;
 /// The bytes of entropy a generation brings.
@@ -57,6 +61,25 @@ pub struct Generation {
     pub boot_id: [u8; 16],
     /// The host name, 1 to [`HOSTNAME_BYTES_MAX`] bytes.
     pub hostname: String,
+    /// What the guest's processes may have of its machine.
+    pub bounds: Bounds,
+}
+
+/// What the processes of a guest may have of its machine, together; those of its kernel and the agent aside. A zero leaves it as it was when
+/// the guest was saved, which is no bound in a guest that was never given one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bounds {
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// The number of vCPUs they run on.
+    pub vcpus: u32,
+}
+
+impl Bounds {
+    /// Whether all is left as it was.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Generation {
@@ -66,7 +89,7 @@ impl Generation {
         let mut hostname = [0; HOSTNAME_BYTES_MAX];
         let length = self.hostname.len().min(HOSTNAME_BYTES_MAX);
         hostname[..length].copy_from_slice(&self.hostname.as_bytes()[..length]);
-        let parts: [&[u8]; 9] = [
+        let parts: [&[u8]; 11] = [
             &self.id,
             &[0; ID_BYTES],
             &self.realtime_ns.to_le_bytes(),
@@ -76,6 +99,8 @@ impl Generation {
             &(length as u32).to_le_bytes(),
             &hostname,
             &[0; 4],
+            &self.bounds.memory_mib.to_le_bytes(),
+            &self.bounds.vcpus.to_le_bytes(),
         ];
         let mut at = 0;
         for part in parts {
@@ -104,6 +129,10 @@ impl Generation {
             machine_id: field(bytes, 104),
             boot_id: field(bytes, 120),
             hostname: hostname.iter().copied().map(char::from).collect(),
+            bounds: Bounds {
+                memory_mib: u32::from_le_bytes(field(bytes, BOUNDS_AT)),
+                vcpus: u32::from_le_bytes(field(bytes, BOUNDS_AT + 4)),
+            },
         })
     }
 }
@@ -126,6 +155,7 @@ mod tests {
             machine_id: [4; 16],
             boot_id: [5; 16],
             hostname: "box-1".into(),
+            bounds: Bounds { memory_mib: 6 << 20, vcpus: 7 },
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_oci::Config;
 use kiln_oci::Image as Pulled;
+use kiln_protocol::mailbox::Bounds;
 use kiln_store::{Snapshot, SnapshotImage, SnapshotRecord, Store};
 use kiln_support::digest::Digest;
 
@@ -88,11 +89,11 @@ impl Image {
     /// [`VmError`], by what went wrong.
     pub async fn start(&self) -> Result<Vm, VmError> {
         if let Some(first) = self.first()
-            && let Ok(times) = self.claim(&first).await
+            && let Ok(times) = self.claim(&first, Bounds::default()).await
         {
             return Ok(self.machine(first, times));
         }
-        self.make(None).await
+        self.make(None, Bounds::default()).await
     }
 
     /// The name it was asked for by, in full.
@@ -124,14 +125,15 @@ impl Image {
     }
 
     /// A machine, in `shell` if there is one.
-    pub(crate) async fn make(&self, shell: Option<Member>) -> Result<Vm, VmError> {
+    pub(crate) async fn make(&self, shell: Option<Member>, bounds: Bounds) -> Result<Vm, VmError> {
         let member = match shell {
             Some(shell) => shell,
             None => self.bare().await?,
         };
         let disks = [&self.0.root, &member.scratch];
+        let hostname = self.hostname()?;
         let times =
-            snapshot::make(&member.monitor, &self.0.snapshot, &disks, None, &self.hostname()?).await?;
+            snapshot::make(&member.monitor, &self.0.snapshot, &disks, None, &hostname, bounds).await?;
         Ok(self.machine(member, Times::Restore(times)))
     }
 
@@ -172,8 +174,8 @@ impl Image {
     }
 
     /// Lets a guest that waits go on as a machine of its own.
-    pub(crate) async fn claim(&self, member: &Member) -> Result<Times, VmError> {
-        Ok(Times::Restore(snapshot::claim(&member.monitor, &self.hostname()?).await?))
+    pub(crate) async fn claim(&self, member: &Member, bounds: Bounds) -> Result<Times, VmError> {
+        Ok(Times::Restore(snapshot::claim(&member.monitor, &self.hostname()?, bounds).await?))
     }
 
     /// Has a machine stand still as its last owner left it.

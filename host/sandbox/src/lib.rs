@@ -37,7 +37,7 @@ pub use kiln_store as store;
 pub use kiln_support::causes::with_causes;
 pub use kiln_support::digest::Digest;
 pub use monitor::{BootTimes, MachineEnd, MonitorError, MonitorProgram, RestoreTimes};
-pub use pool::{OnRelease, Pool, PoolBuilder, PoolError, PoolStats};
+pub use pool::{OnRelease, Pool, PoolBuilder, PoolError, PoolStats, SizeError};
 pub use ports::{EXPOSED_CONNECTIONS_MAX, ExposeError, ExposedPort, GuestStream};
 pub use snapshot::{
     Bake, BakeError, HostFile, HostFileError, LogPattern, LogPatternError, SnapshotError, Trigger, verify,

@@ -20,6 +20,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use kiln_protocol::mailbox::Bounds;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 
@@ -29,7 +30,7 @@ use crate::vm::{Machine, Times, Vm, VmError};
 use admission::Admission;
 use builder::Options;
 pub use builder::{OnRelease, PoolBuilder};
-pub use error::PoolError;
+pub use error::{PoolError, SizeError};
 use seats::{Counts, Role, Seat};
 
 /// How many machines may be made at a time on the way of an acquisition; more would only make all of them late.
@@ -56,6 +57,8 @@ struct Owner {
 pub(crate) struct Inner {
     image: Image,
     options: Options,
+    /// What its machines' processes may have; none is made when that is more than there is.
+    bounds: Result<Bounds, SizeError>,
     admission: Admission,
     runtime: Handle,
     state: Mutex<State>,
@@ -245,6 +248,7 @@ impl Inner {
     }
 
     async fn acquire(self: &Arc<Self>) -> Result<Vm, PoolError> {
+        let bounds = self.bounds?;
         let Options { acquire_timeout, max, .. } = self.options;
         let mut passed_over = 0;
         loop {
@@ -253,7 +257,7 @@ impl Inner {
             let Idle { member, used, seat, .. } = match turn {
                 Turn::Machine(idle) => idle,
                 Turn::Place(seat) => {
-                    let vm = self.make_on_the_way().await?;
+                    let vm = self.make_on_the_way(bounds).await?;
                     return Ok(self.lease(vm, seat));
                 }
             };
@@ -344,11 +348,11 @@ impl Inner {
     }
 
     /// Makes a machine while somebody waits for it, in a shell when there is one.
-    async fn make_on_the_way(self: &Arc<Self>) -> Result<Vm, PoolError> {
+    async fn make_on_the_way(self: &Arc<Self>, bounds: Bounds) -> Result<Vm, PoolError> {
         self.check_memory()?;
         let shell = self.lock().shells.pop().filter(|shell| !shell.monitor.has_ended());
         self.changed.notify_one();
-        let made = self.in_time(self.image.make(shell)).await;
+        let made = self.in_time(self.image.make(shell, bounds)).await;
         let mut state = self.lock();
         match &made {
             Ok(_) => state.totals.made += 1,
@@ -594,8 +598,9 @@ struct Claiming<'a> {
 impl Claiming<'_> {
     async fn claim(&self, used: bool) -> Result<Times, PoolError> {
         let Some((member, _)) = &self.held else { return Err(PoolError::Closed) };
-        let Inner { image, .. } = &**self.inner;
-        let claimed = async { if used { image.reuse(member).await } else { image.claim(member).await } };
+        let (image, bounds) = (&self.inner.image, self.inner.bounds?);
+        let claimed =
+            async { if used { image.reuse(member).await } else { image.claim(member, bounds).await } };
         self.inner.in_time(claimed).await
     }
 

@@ -9,7 +9,7 @@ use crate::clock::realtime;
 use crate::layout::MAILBOX;
 
 /// The bytes of a generation.
-pub const GENERATION_BYTES: usize = 208;
+pub const GENERATION_BYTES: usize = 216;
 /// Names one life of a guest; all zeros is none.
 pub type Id = [u8; 16];
 

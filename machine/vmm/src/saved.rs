@@ -16,8 +16,9 @@ use crate::shell::{Shape, ShapeError};
 /// The version of a section's content.
 fn version_of(name: &str) -> u32 {
     match name {
-        // Since it says where an agent is parked, and not only whether.
-        "machine" => 2,
+        // 2 says where an agent is parked, and not only whether. An agent of 3 knows a generation that bounds its guest's processes; one
+        // before would not heed it.
+        "machine" => 3,
         _ => 1,
     }
 }
@@ -745,10 +746,12 @@ mod tests {
             MachineMessage { memory_mib: 64, vcpus: 1, clock_ns: 0, virtio: 0, tsc_khz: 0, parking: 3 };
         let unknown = [section("machine".into(), &message)];
         assert_eq!(MachineState::from_sections(&unknown), Err(SectionError::Parking(3)));
-        let mut old = machine().to_sections();
-        old[0].version = 1;
-        let refused = MachineState::from_sections(&old);
-        assert_eq!(refused, Err(SectionError::Version { name: "machine".into(), version: 1 }));
+        for version in [1, 2] {
+            let mut old = machine().to_sections();
+            old[0].version = version;
+            let refused = MachineState::from_sections(&old);
+            assert_eq!(refused, Err(SectionError::Version { name: "machine".into(), version }));
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kiln_protocol::mailbox::Generation;
+use kiln_protocol::mailbox::{Bounds, Generation};
 use kiln_testkit::guest::{Guest, Saved};
 use kiln_tests::{from_environment, without_memory_device};
 use kiln_vmm::Parking;
@@ -21,7 +21,15 @@ fn generation(clone: u64) -> Generation {
     let mut entropy = [0; 64];
     getrandom::fill(&mut entropy).expect("random bytes");
     let hostname = format!("clone-{clone}");
-    Generation { id, realtime_ns: 0, entropy, machine_id: id, boot_id: id, hostname }
+    Generation {
+        id,
+        realtime_ns: 0,
+        entropy,
+        machine_id: id,
+        boot_id: id,
+        hostname,
+        bounds: Bounds::default(),
+    }
 }
 
 fn realtime_ns() -> u64 {

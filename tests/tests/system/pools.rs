@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use kiln::{Image, OnRelease, Pool, PoolError, PoolStats, Vm};
+use kiln_testkit::image::debian_with_probe;
 use kiln_tests::library::sh;
 use kiln_tests::{busybox, library};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
@@ -369,4 +370,126 @@ fn rss_kib(process: u32) -> u64 {
     let statm = std::fs::read_to_string(format!("/proc/{process}/statm")).expect("it lives");
     let pages: Vec<u64> = statm.split(' ').filter_map(|count| count.trim().parse().ok()).collect();
     (pages[1] - pages[2]) * 4
+}
+
+/// How a command ends that takes so many MiB of memory, as a shell would report it.
+async fn takes(vm: &Vm, mib: u32) -> u8 {
+    let mib = mib.to_string();
+    vm.exec(["/probe", "touch", mib.as_str()]).output().await.expect("it runs").status.shell_code()
+}
+
+/// An image with a program that takes memory, and two vCPUs.
+async fn roomy() -> Image {
+    let image = debian_with_probe().expect("the image");
+    library::image(&image).vcpus(2).build().await.expect("an image")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_bounds_what_its_machines_have() {
+    let image = roomy().await;
+    let pool = image.pool().memory_mib(16).vcpus(1).min(1).max(1).shells(0).build();
+    for round in ["a machine of the pool", "its next owner"] {
+        let vm = pool.acquire().await.expect("a machine");
+        let bounds = "nproc; cat /sys/fs/cgroup/memory.max /proc/self/cgroup";
+        assert_eq!(sh(&vm, bounds).await, "1\n16777216\n0::/", "{round}");
+        assert_eq!(takes(&vm, 4).await, 0, "{round}");
+        assert_eq!(takes(&vm, 24).await, 137, "{round}");
+        assert_eq!(sh(&vm, "echo alive").await, "alive", "{round}");
+        vm.release();
+    }
+    let stats = until(&pool, |stats| stats.idle == 1).await;
+    assert_eq!((stats.recycled, stats.failed), (2, 0), "{stats:?}");
+    // The image is as large as it was to everybody else.
+    let vm = image.pool().min(0).build().acquire().await.expect("a machine");
+    assert_eq!(sh(&vm, "nproc; cat /sys/fs/cgroup/memory.max").await, "2\nmax");
+    assert_eq!(takes(&vm, 24).await, 0);
+}
+
+/// Tries whatever root may take for means to more than it was given, and says what worked.
+const LIFT: &str = r"
+lift() {
+    for value in 134217728 max; do echo $value > $1/memory.max && echo memory by $1; done
+    echo 0-1 > $1/cpuset.cpus && echo vCPUs by $1
+    for value in -memory -cpuset; do echo $value > $1/cgroup.subtree_control && test $1 != $2 && echo $value by $1; done
+} 2>/dev/null
+own=/sys/fs/cgroup
+lift $own $own
+lift $own/.. $own
+mkdir -p /tmp/anew $own/nested
+if mount -t cgroup2 anew /tmp/anew 2>/dev/null; then
+    echo mounted
+    for group in $(find /tmp/anew -type d); do lift $group /tmp/anew; done
+fi
+for group in $(ls -d $own/*/); do echo own $group; done
+echo $$ > $own/nested/cgroup.procs && lift $own $own
+true
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn root_of_a_machine_cannot_lift_its_bounds() {
+    let image = roomy().await;
+    let pool = image.pool().memory_mib(16).vcpus(1).min(1).max(1).shells(0).build();
+    let vm = pool.acquire().await.expect("a machine");
+    assert_eq!(sh(&vm, LIFT).await, "own /sys/fs/cgroup/nested/", "nothing works, and nothing else is there");
+    for script in ["exec", "echo $$ > /sys/fs/cgroup/nested/cgroup.procs; exec"] {
+        let script = format!("{script} unshare --user --map-root-user --mount --cgroup sh -c '{LIFT}'");
+        // In a group below, root can change what programs read of their bounds, and not what holds them.
+        let worked = sh(&vm, &script).await;
+        assert!(worked.lines().any(|line| line == "mounted"), "{worked}");
+        assert_eq!(sh(&vm, "nproc").await, "1");
+        assert_eq!(takes(&vm, 24).await, 137);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_divide_what_they_have_among_groups_of_their_own() {
+    let image = roomy().await;
+    let vm = image.pool().memory_mib(16).min(0).build().acquire().await.expect("a machine");
+    let divide = r"
+cd /sys/fs/cgroup && mkdir small && echo $$ > small/cgroup.procs && echo '+memory +cpuset +pids' > cgroup.subtree_control
+echo 8388608 > small/memory.max && cat small/memory.max && exec /probe touch 12";
+    let killed = vm.exec(["sh", "-c", divide]).output().await.expect("a shell");
+    assert_eq!(
+        (killed.stdout.as_slice(), killed.status.shell_code()),
+        (&b"8388608\n"[..], 137),
+        "{killed:?}"
+    );
+    // Where a group is divided nobody is beside the parts, so commands have another one.
+    assert_eq!(takes(&vm, 10).await, 0);
+    assert_eq!(takes(&vm, 24).await, 137);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_of_more_than_the_image_has_is_refused() {
+    let image = image().await;
+    for (builder, message, hint) in [
+        (
+            image.pool().memory_mib(257),
+            "257 MiB of memory for machines of an image that was built with 256, where 8 is the least",
+            true,
+        ),
+        (
+            image.pool().memory_mib(7),
+            "7 MiB of memory for machines of an image that was built with 256, where 8 is the least",
+            false,
+        ),
+        (
+            image.pool().vcpus(2),
+            "2 vCPUs for machines of an image that was built with 1, where 1 is the least",
+            true,
+        ),
+        (
+            image.pool().vcpus(0),
+            "0 vCPUs for machines of an image that was built with 1, where 1 is the least",
+            false,
+        ),
+    ] {
+        let pool = builder.build();
+        let error = pool.acquire().await.expect_err("no such machine");
+        assert_eq!((error.to_string().as_str(), error.hint().is_some()), (message, hint));
+        assert_eq!(error.blame(), kiln::Blame::Caller);
+        assert_eq!(pool.stats(), PoolStats::default(), "nothing is made");
+    }
+    let vm = image.pool().memory_mib(256).vcpus(1).build().acquire().await.expect("all that there is");
+    assert_eq!(sh(&vm, "cat /sys/fs/cgroup/memory.max").await, "max");
 }

@@ -36,6 +36,7 @@ fn generation(id: u8) -> Generation {
         machine_id: [id; 16],
         boot_id: [id; 16],
         hostname: format!("clone-{id}"),
+        bounds: mailbox::Bounds::default(),
     }
 }
 
@@ -80,6 +81,7 @@ fn monitor_and_agent_mean_the_same_by_every_number() {
         ("a generation", kiln_vmm::mailbox::GENERATION_BYTES as u64, mailbox::GENERATION_BYTES as u64),
         ("an id", size_of::<kiln_vmm::mailbox::Id>() as u64, mailbox::ID_BYTES as u64),
         ("its echo", kiln_vmm::mailbox::ACKNOWLEDGED_AT as u64, mailbox::ACKNOWLEDGED_AT as u64),
+        ("its rehearsal", kiln_vmm::mailbox::REHEARSAL_AT as u64, mailbox::REHEARSAL_AT as u64),
         ("its clock", kiln_vmm::mailbox::REALTIME_AT as u64, mailbox::REALTIME_AT as u64),
     ];
     for (what, monitors, agents) in pairs {

@@ -25,6 +25,7 @@ use super::arch::{self, CloneArguments, syscall};
 
 const CLONE_VM: u64 = 0x100;
 const CLONE_PIDFD: u64 = 0x1000;
+const CLONE_NEWCGROUP: usize = 0x200_0000;
 const CLONE_VFORK: u64 = 0x4000;
 const CLONE_NEWPID: u64 = 0x2000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -59,7 +60,8 @@ pub struct Start<'a> {
     pub terminal: bool,
     /// Run first, as the child, in its namespace.
     pub prepare: Option<fn() -> Result<(), Errno>>,
-    /// The control group it is born in, which must not be frozen; without one, the agent's own.
+    /// The control group it is born in, which must not be frozen, and which is the root of all groups to it; without one, the agent's
+    /// own.
     pub control_group: Option<BorrowedFd<'a>>,
     /// All its groups.
     pub groups: &'a [Gid],
@@ -265,6 +267,12 @@ extern "C" fn run_command(context: *mut c_void) -> ! {
 fn become_command(context: &mut Context<'_>) -> Failure {
     let start = context.start;
     let prepared = (|| {
+        if start.control_group.is_some() {
+            // SAFETY: unshare takes a number. Control groups are of the process, which shares memory with the agent and no namespace
+            // that this replaces.
+            unsafe { syscall(arch::UNSHARE, [CLONE_NEWCGROUP, 0, 0, 0, 0]) }
+                .map_err(|error| (Stage::Clone, error))?;
+        }
         if let Some(prepare) = start.prepare {
             prepare().map_err(|error| (Stage::Prepare, error))?;
         }

@@ -20,6 +20,7 @@ pub(super) const CLOCK_GETTIME: usize = 228;
 pub(super) const EXIT_GROUP: usize = 231;
 pub(super) const ACCEPT4: usize = 288;
 pub(super) const CLONE3: usize = 435;
+pub(super) const UNSHARE: usize = 272;
 pub(super) const CLOSE_RANGE: usize = 436;
 
 /// Makes a system call.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use kiln_agent::Groups;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
+use rustix::mount::MountFlags;
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
@@ -30,16 +31,25 @@ pub(crate) fn own(hierarchy: &str) -> Groups {
 /// Ends what is left in this thread's groups, and removes them.
 pub(crate) fn remove() {
     let Some(own) = OWN.take() else { return };
-    for name in ["kiln", "kiln-hooks"].map(|name| own.join(name)) {
-        if name.is_dir() {
-            std::fs::write(name.join("cgroup.kill"), "1").expect("a control group");
-            wait_until_empty(&name);
-            rustix::fs::rmdir(&name).expect("an empty control group");
+    std::fs::write(own.join("kiln/cgroup.kill"), "1").expect("a control group");
+    wait_until_empty(&own.join("kiln"));
+    remove_below(&own);
+    // What set-up made at the root of the hierarchy; other tests may use it.
+    if rustix::mount::mount("cgroup", "/sys/fs/cgroup", "cgroup2", MountFlags::empty(), None).is_ok() {
+        for name in ["kiln/commands", "kiln"] {
+            let _ = rustix::fs::rmdir(Path::new("/sys/fs/cgroup").join(name));
         }
     }
-    rustix::fs::rmdir(&own).expect("an empty control group");
-    // What set-up made at the root of the hierarchy; other tests may use it.
-    let _ = rustix::fs::rmdir("/sys/fs/cgroup/kiln");
+}
+
+/// Removes a group and all below it, which nobody is in.
+fn remove_below(group: &Path) {
+    for entry in std::fs::read_dir(group).expect("a control group").flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_below(&entry.path());
+        }
+    }
+    rustix::fs::rmdir(group).expect("an empty control group");
 }
 
 fn wait_until_empty(group: &Path) {

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 
 use kiln_agent::power::Power;
 use kiln_agent::sys::Mailbox;
-use kiln_protocol::mailbox::{ACKNOWLEDGED_AT, GENERATION_BYTES, Generation};
+use kiln_protocol::mailbox::{ACKNOWLEDGED_AT, Bounds, GENERATION_BYTES, Generation};
 use kiln_protocol::{Become, Call, Outcome, Park, Parked, Reply, power};
 use prost::Message as _;
 use rustix::fs::MemfdFlags;
@@ -115,5 +115,6 @@ pub(crate) fn generation(number: u8) -> Generation {
         machine_id: [number | 0x40; 16],
         boot_id: [number | 0x20; 16],
         hostname: format!("box-{number}"),
+        bounds: Bounds::default(),
     }
 }

@@ -53,6 +53,17 @@ fn all_end_with_process_1_and_no_more_is_started() {
 }
 
 #[test]
+fn a_commands_group_is_the_root_of_all_groups_to_it() {
+    for guest in [Guest::new(), Guest::with_reaper()] {
+        let finished = guest.sh("sed -n 's/^0:://p' /proc/self/cgroup; readlink /proc/self/ns/cgroup");
+        let (path, namespace) = finished.text().split_once('\n').expect("two lines");
+        assert_eq!(path, "/");
+        let hosts = std::fs::read_link("/proc/self/ns/cgroup").expect("a namespace");
+        assert_ne!(namespace.trim(), hosts.to_str().expect("text"));
+    }
+}
+
+#[test]
 fn kernel_settings_are_read_only() {
     let guest = Guest::new();
     let script = "for f in /proc/sys/kernel/core_pattern /proc/sysrq-trigger; do test -w $f && echo $f; done; test -r /proc/sys/kernel/core_pattern";

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use kiln_agent::power::Power;
 use kiln_agent::server::Fault;
-use kiln_protocol::mailbox::{ENTROPY_AT, ENTROPY_BYTES, GENERATION_BYTES, Generation};
+use kiln_protocol::mailbox::{Bounds, ENTROPY_AT, ENTROPY_BYTES, GENERATION_BYTES, Generation};
 use kiln_protocol::{
     Became, Become, Call, Done, Exec, Hello, Outcome, Park, PowerOff, Reason, Setup, Started, power,
 };
@@ -60,6 +60,11 @@ fn bad_generation() -> Generation {
     Generation { hostname: "no name".into(), ..generation(1) }
 }
 
+/// A generation that bounds processes by what no machine has.
+fn boundless_generation() -> Generation {
+    Generation { bounds: Bounds { vcpus: u32::MAX, memory_mib: 0 }, ..generation(1) }
+}
+
 #[test]
 fn processes_stand_still_while_parked_and_go_on_without_mail() {
     for reaper in [false, true] {
@@ -105,19 +110,21 @@ fn mail_taken_before_is_no_mail() {
 
 #[test]
 fn with_bad_mail_no_process_goes_on() {
-    let (mut guest, mut machine) = machine(true);
-    let _stream = counter(&guest);
-    machine.park(&guest);
-    let before = count(&guest);
-    machine.deliver(&bad_generation());
-    machine.go_on();
-    assert_eq!(machine.heard(), power::PHASE_RESUMED);
-    machine.go_on();
-    match guest.join() {
-        Err(fault @ Fault::NotAdopted(_)) => assert_eq!(fault.notice(), power::NOTICE_NOT_ADOPTED),
-        other => panic!("{other:?}"),
+    for bad in [bad_generation(), boundless_generation()] {
+        let (mut guest, mut machine) = machine(true);
+        let _stream = counter(&guest);
+        machine.park(&guest);
+        let before = count(&guest);
+        machine.deliver(&bad);
+        machine.go_on();
+        assert_eq!(machine.heard(), power::PHASE_RESUMED);
+        machine.go_on();
+        match guest.join() {
+            Err(fault @ Fault::NotAdopted(_)) => assert_eq!(fault.notice(), power::NOTICE_NOT_ADOPTED),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(count(&guest), before);
     }
-    assert_eq!(count(&guest), before);
 }
 
 #[test]
@@ -214,7 +221,7 @@ fn without_a_doorbell_a_guest_becomes_another_before_any_process_goes_on() {
 
 #[test]
 fn without_a_doorbell_a_guest_that_cannot_become_another_ends() {
-    for bad in [bad_generation(), Generation { id: [0; 16], ..generation(1) }] {
+    for bad in [bad_generation(), boundless_generation(), Generation { id: [0; 16], ..generation(1) }] {
         let mut guest = Guest::bare().ready(true);
         let _running = counter(&guest);
         park_at_port(&guest);

@@ -3,18 +3,23 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use kiln_protocol::mailbox::Bounds;
+use kiln_store::SnapshotRecord;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
 use super::admission::Admission;
 use super::seats::{Role, Seat};
-use super::{Inner, Owner, Pool, tend};
+use super::{Inner, Owner, Pool, SizeError, tend};
 use crate::baked::Image;
 
 /// The most machines of a pool.
 const MACHINES_MAX: usize = 4096;
 /// The most processes that wait without a guest.
 const SHELLS_MAX: usize = 64;
+
+/// The least memory for the processes of a machine, in MiB.
+const MEMORY_MIN_MIB: u32 = 8;
 
 /// What becomes of a machine that comes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,6 +40,8 @@ pub enum OnRelease {
 pub struct PoolBuilder {
     image: Image,
     options: Options,
+    memory_mib: Option<u32>,
+    vcpus: Option<u32>,
 }
 
 #[derive(Clone, Debug)]
@@ -59,7 +66,7 @@ impl PoolBuilder {
             restore_timeout: Duration::from_secs(30),
             on_release: OnRelease::Restore,
         };
-        Self { image, options }
+        Self { image, options, memory_mib: None, vcpus: None }
     }
 
     /// How many machines wait at the least, as far as `max` allows; 1 by default.
@@ -111,25 +118,51 @@ impl PoolBuilder {
         self
     }
 
+    /// How much memory the processes of a machine may have together, in MiB: from 8 to what the image was built with, which it is by default.
+    /// What takes more is killed. `docs/guide/library.md` has what counts.
+    ///
+    /// The guest's kernel holds it, against the guest's root too. What holds against a guest whose kernel was taken over is what the
+    /// image was built with.
+    ///
+    /// A size that cannot be is refused by [`Pool::acquire`].
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = Some(mib);
+        self
+    }
+
+    /// How many vCPUs the processes of a machine run on: from 1 to what the image was built with, which it is by default. The rest as with
+    /// [`memory_mib`](Self::memory_mib).
+    pub fn vcpus(mut self, vcpus: u32) -> Self {
+        self.vcpus = Some(vcpus);
+        self
+    }
+
     /// Makes the pool; its machines are made in the background.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn build(self) -> Pool {
-        let Self { image, mut options } = self;
+        let Self { image, mut options, memory_mib, vcpus } = self;
+        let bounds = bounds(memory_mib, vcpus, image.snapshot());
+        if bounds.is_err() {
+            (options.min, options.shells) = (0, 0);
+        }
         options.max = options.max.clamp(1, MACHINES_MAX);
         options.min = options.min.min(options.max);
         options.shells = options.shells.min(SHELLS_MAX);
         let inner = Arc::new(Inner {
             image,
             options,
+            bounds,
             admission: Admission::default(),
             runtime: Handle::current(),
             state: Mutex::default(),
             changed: Notify::new(),
             moved: Notify::new(),
         });
-        if let Some(first) = inner.image.first() {
+        if inner.bounds.is_ok()
+            && let Some(first) = inner.image.first()
+        {
             inner.watch(&first.monitor);
             let seat = Seat::in_pool(&inner, &mut inner.lock().counts, Role::Making);
             inner.put(first, seat, false);
@@ -138,4 +171,22 @@ impl PoolBuilder {
         inner.changed.notify_one();
         Pool { owner: Arc::new(Owner { inner }) }
     }
+}
+
+/// What the processes of machines of a snapshot are to have; nothing where that is all there is.
+fn bounds(
+    memory_mib: Option<u32>,
+    vcpus: Option<u32>,
+    snapshot: &SnapshotRecord,
+) -> Result<Bounds, SizeError> {
+    let within = |of, asked: Option<u32>, least, most| match asked {
+        None => Ok(0),
+        Some(asked) if asked == most => Ok(0),
+        Some(asked) if (least..most).contains(&asked) => Ok(asked),
+        Some(asked) => Err(SizeError { of, asked, least, most }),
+    };
+    Ok(Bounds {
+        memory_mib: within("MiB of memory", memory_mib, MEMORY_MIN_MIB, snapshot.memory_mib)?,
+        vcpus: within("vCPUs", vcpus, 1, snapshot.vcpus)?,
+    })
 }

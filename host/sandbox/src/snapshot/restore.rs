@@ -4,7 +4,7 @@ use std::io::BufReader;
 use std::os::fd::OwnedFd;
 
 use kiln_control::Restore;
-use kiln_protocol::mailbox::{Generation, HOSTNAME_BYTES_MAX};
+use kiln_protocol::mailbox::{Bounds, Generation, HOSTNAME_BYTES_MAX};
 use kiln_snapshot::Header;
 use kiln_store::{Snapshot, SnapshotRecord, Store, StoreError};
 use kiln_support::from_start::FromStart;
@@ -61,7 +61,7 @@ pub(super) async fn restore(
     tell: impl Fn(Phase, u64),
 ) -> Result<(Monitor, RestoreTimes), VmError> {
     let coming_up = async {
-        let mut times = make(&monitor, snapshot, disks, console, hostname).await?;
+        let mut times = make(&monitor, snapshot, disks, console, hostname, Bounds::default()).await?;
         tell(Phase::MonitorSpawned, times.spawned_ns);
         tell(Phase::Entered, times.entered_ns);
         if monitor.waits_at_port() {
@@ -120,9 +120,14 @@ fn refused(error: MonitorError) -> VmError {
     }
 }
 
-/// Lets a guest that waits become one of its own, and says when it acknowledged that. Nothing reaches it before it is that one.
-pub(crate) async fn claim(monitor: &Monitor, hostname: &str) -> Result<RestoreTimes, VmError> {
-    let generation = generation(hostname)?;
+/// Lets a guest that waits become one of its own, and says when it acknowledged that. Nothing reaches it before it is that one, with these
+/// bounds to its processes.
+pub(crate) async fn claim(
+    monitor: &Monitor,
+    hostname: &str,
+    bounds: Bounds,
+) -> Result<RestoreTimes, VmError> {
+    let generation = generation(hostname, bounds)?;
     let times = monitor.claim(generation.encode().to_vec()).await?;
     told(monitor, generation, times).await
 }
@@ -134,9 +139,10 @@ pub(crate) async fn make(
     disks: &[&Disk],
     console: Option<&OwnedFd>,
     hostname: &str,
+    bounds: Bounds,
 ) -> Result<RestoreTimes, VmError> {
     check_header(snapshot)?;
-    let generation = generation(hostname)?;
+    let generation = generation(hostname, bounds)?;
     let mut descriptors = Descriptors::default();
     let order = order(snapshot, disks, console, Some(&generation), &mut descriptors)?;
     let times = monitor.restore(order, descriptors.as_slice()).await.map_err(refused)?;
@@ -177,7 +183,7 @@ fn is_of(header: &Header, record: &SnapshotRecord) -> bool {
 }
 
 /// Who a restored guest becomes. The monitor fills in the clock when it enters the guest.
-fn generation(hostname: &str) -> Result<Generation, VmError> {
+fn generation(hostname: &str, bounds: Bounds) -> Result<Generation, VmError> {
     if !is_hostname(hostname) {
         return Err(BakeError::Hostname(hostname.to_owned()).into());
     }
@@ -189,6 +195,7 @@ fn generation(hostname: &str) -> Result<Generation, VmError> {
         machine_id: random_uuid()?,
         boot_id: random_uuid()?,
         hostname: hostname.to_owned(),
+        bounds,
     })
 }
 
@@ -272,7 +279,7 @@ mod tests {
 
     #[test]
     fn every_generation_is_another() {
-        let [one, two] = [(); 2].map(|()| generation("box-1").expect("random bytes"));
+        let [one, two] = [(); 2].map(|()| generation("box-1", Bounds::default()).expect("random bytes"));
         assert_ne!(one.id, two.id);
         assert_ne!(one.entropy, two.entropy);
         assert_ne!(one.machine_id, two.machine_id);
@@ -283,7 +290,10 @@ mod tests {
     #[test]
     fn a_name_that_a_mailbox_cannot_carry_is_refused() {
         for bad in ["", "a b", "ä", &"a".repeat(HOSTNAME_BYTES_MAX + 1)] {
-            assert!(matches!(generation(bad), Err(VmError::Bake(BakeError::Hostname(_)))), "{bad}");
+            assert!(
+                matches!(generation(bad, Bounds::default()), Err(VmError::Bake(BakeError::Hostname(_)))),
+                "{bad}"
+            );
         }
     }
 }
