@@ -67,7 +67,8 @@ impl Monitor {
     }
 
     /// Makes the machine that a snapshot is of and enters it, in the place of [`start`](Self::start), as the one that its order says. Returns
-    /// as [`claim`](Self::claim) does; [`adopted`](Self::adopted) says when it takes requests.
+    /// when its agent has acknowledged that, before anything of a user's runs, or waits at its port to hear it;
+    /// [`adopted`](Self::adopted) says when it takes requests.
     ///
     /// # Errors
     /// [`MonitorError::Ended`] with how the machine ended instead; [`MonitorError::NotAdopted`] when its agent does not answer;
