@@ -184,7 +184,7 @@ fn a_frame_out_of_place_ends_a_transfer() {
     stream.entry(&file(0o644));
     stream.send(Kind::Stdin, b"x");
     assert!(stream.frame().is_none());
-    let mut stream = guest.start(sh("cat"));
+    let mut stream = guest.start(sh("sleep 1000"));
     stream.send(Kind::Data, b"x");
     assert!(stream.frame().is_none());
     assert_eq!(guest.sh("ls -A /tmp").text(), "");

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{BufReader, Seek as _, SeekFrom};
 use std::time::Duration;
 
-use kiln_control::{Happened, Restore};
+use kiln_control::Restore;
 use kiln_testkit::inject::Hostage;
 use kiln_vmm::MachineState;
 use libc::{itimerval, timeval};
@@ -96,6 +96,5 @@ fn a_monitor_whose_guest_does_not_rehearse_ends_by_itself() {
 fn a_monitor_whose_guest_does_not_take_its_mail_ends_by_itself() {
     let monitor = Monitor::spawn();
     restore_in(&monitor, &spinning(), Restore { generation: Some(generation(1)), ..Restore::default() });
-    assert!(matches!(monitor.event(), Happened::Entered(_)));
     ends_by_itself(monitor);
 }
