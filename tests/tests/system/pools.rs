@@ -138,7 +138,8 @@ async fn who_gives_up_while_a_machine_becomes_his_leaves_it_to_the_next() {
     while pool.stats().recycled < 4 {
         tokio::select! {
             biased;
-            _ = pool.acquire() => panic!("at once"),
+            // On a host with much to do it may have answered by then, and goes back as any that is dropped.
+            _ = pool.acquire() => {}
             () = std::future::ready(()) => {}
         }
         let stats = until(&pool, |stats| stats.idle == 1).await;
