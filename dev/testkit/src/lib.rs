@@ -13,4 +13,4 @@ pub mod registry;
 pub mod tar;
 mod tool;
 
-pub use tool::{capture, run};
+pub use tool::{capture, copy_program, run};

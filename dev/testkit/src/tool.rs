@@ -1,5 +1,6 @@
 //! Other people's programs: a failure carries what the program said, and a missing one says what to install.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
@@ -26,4 +27,14 @@ pub fn capture(command: &mut Command) -> Result<Vec<u8>> {
         bail!("{name} {}: {}\n{}", args.join(" "), output.status, String::from_utf8_lossy(&output.stderr));
     }
     Ok(output.stdout)
+}
+
+/// Copies a program that is to be executed. Another process writes the copy: while this one had it open for writing, a
+/// test that starts a program in another thread would hand that descriptor on, and until its `execve` no one could
+/// execute the copy (`ETXTBSY`).
+///
+/// # Errors
+/// As [`run`].
+pub fn copy_program(from: &Path, to: &Path) -> Result<()> {
+    run(Command::new("cp").arg(from).arg(to))
 }

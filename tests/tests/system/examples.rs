@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use kiln_testkit::copy_program;
 use kiln_tests::{Outcome, busybox, from_environment, kiln, store};
 
 fn example(name: &str, arguments: &[&str]) -> Outcome {
@@ -31,7 +32,7 @@ fn exec_passes_output_and_code_on() {
 fn a_program_finds_beside_it_what_kiln_writes_there() {
     let place = tempfile::tempdir().expect("a folder");
     let (program, parts) = (place.path().join("program"), place.path().join("kiln-guest"));
-    std::fs::copy(from_environment("KILN_EXAMPLES").join("exec"), &program).expect("copied");
+    copy_program(&from_environment("KILN_EXAMPLES").join("exec"), &program).expect("copied");
     // Again over what is there.
     for _ in 0..2 {
         let written = Outcome::of(kiln(["parts"]).arg(&parts));

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use kiln_testkit::copy_program;
 use kiln_testkit::inject::Hostage;
 use kiln_tests::{Outcome, Session, busybox, kiln, kiln_run, monitor_of, wait_until_gone};
 use rustix::process::{Pid, Signal, kill_process};
@@ -180,7 +181,7 @@ fn an_ordinary_user_has_groups_in_a_folder_that_was_delegated() {
     let files = tempfile::tempdir().expect("a folder");
     fs::set_permissions(files.path(), fs::Permissions::from_mode(0o777)).expect("allowed");
     let at = |name: &str| files.path().join(name);
-    fs::copy(kiln_tests::program(), at("kiln")).expect("copied");
+    copy_program(&kiln_tests::program(), &at("kiln")).expect("copied");
     let host = place.0.join("host");
     fs::create_dir(&host).expect("a group");
     for folder in [&place.0, &host] {

@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
+use kiln_testkit::copy_program;
 use kiln_testkit::inject::Hostage;
 use kiln_tests::{Outcome, Session, busybox, descendants, kiln, kiln_run, monitor_of, program};
 use rustix::process::{Pid, Signal, kill_process};
@@ -55,7 +56,7 @@ fn an_ordinary_user_runs_a_machine() {
     let allow = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).expect("allowed");
     allow(place.path(), 0o777);
     let at = |name: &str| place.path().join(name);
-    fs::copy(program(), at("kiln")).expect("copied");
+    copy_program(&program(), &at("kiln")).expect("copied");
     fs::create_dir(at("device")).expect("a folder");
 
     let mut unshare = Command::new("unshare");

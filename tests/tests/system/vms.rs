@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use kiln_testkit::copy_program;
 use kiln_tests::{
     Outcome, Session, Vm, busybox, kiln, program, store, wait_until_gone, without_memory_device,
 };
@@ -338,7 +339,7 @@ fn another_user_is_refused() {
     let root = tempfile::tempdir().expect("a folder");
     let folder_for_all = tempfile::tempdir().expect("a folder");
     let program_for_all = folder_for_all.path().join("kiln");
-    fs::copy(program(), &program_for_all).expect("copied");
+    copy_program(&program(), &program_for_all).expect("copied");
     let allow = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).expect("allowed");
     allow(folder_for_all.path(), 0o755);
     let vm = Vm::start_in(root.path(), "mine");

@@ -12,6 +12,7 @@ use kiln_control::{
     Failed, Files, Happened, Start, Stop,
 };
 use kiln_jail::{Child, Launch, Program, SpawnError};
+use kiln_testkit::copy_program;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -319,7 +320,7 @@ fn the_probe_says_that_this_host_can_make_a_machine() {
 fn a_program_without_a_name_is_executed_by_its_descriptor() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("monitor");
-    std::fs::copy(PROGRAM, &path).expect("a copy");
+    copy_program(Path::new(PROGRAM), &path).expect("a copy");
     let program = File::open(&path).expect("the copy");
     std::fs::remove_file(&path).expect("its name is gone");
     probe(Program::File(program.as_fd()));
