@@ -178,12 +178,11 @@ impl Drop for Guest {
             // It may have been powered off by the test itself.
             if let Ok(socket) = UnixStream::connect(&self.socket) {
                 let mut stream = Stream { socket, granted: [0; 2] };
-                let off = Request { call: Some(Call::PowerOff(PowerOff { grace_ms: 0 })) };
-                let _ = stream.try_send(Kind::Request, &off.encode_to_vec());
+                let _ = stream.try_request(Call::PowerOff(PowerOff { grace_ms: 0 }));
             }
-            let ended = thread.join();
+            // One that is parked hears nothing, and a test that has failed is to say so.
             if !std::thread::panicking() {
-                ended.expect("the agent does not panic").expect("the agent ends in order");
+                thread.join().expect("the agent does not panic").expect("the agent ends in order");
             }
         }
     }
@@ -223,7 +222,11 @@ impl Stream {
     }
 
     pub(crate) fn request(&mut self, call: Call) {
-        self.send(Kind::Request, &Request { call: Some(call) }.encode_to_vec());
+        self.try_request(call).expect("the agent takes a request");
+    }
+
+    pub(crate) fn try_request(&mut self, call: Call) -> std::io::Result<()> {
+        self.try_send(Kind::Request, &Request { call: Some(call) }.encode_to_vec())
     }
 
     pub(crate) fn stdin(&mut self, bytes: &[u8]) {

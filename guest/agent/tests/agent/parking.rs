@@ -187,7 +187,8 @@ fn without_a_doorbell_a_parked_guest_hears_nothing_but_who_it_is() {
             Call::Become(Become { generation: Some(vec![1; 1 << 16]) }),
         ] {
             let mut stream = call_at_port(&guest);
-            stream.request(call);
+            // It may hang up before it has all of it.
+            let _ = stream.try_request(call);
             assert_eq!(stream.frame(), None);
         }
         // One that says nothing and hangs up.
