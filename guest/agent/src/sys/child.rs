@@ -167,7 +167,21 @@ pub fn start(start: &Start<'_>, new_namespace: bool) -> Result<Child, Failure> {
 /// # Errors
 /// What clone(2) reports.
 pub fn start_reaper() -> Result<Child, Errno> {
-    clone(CLONE_NEWPID, None, run_reaper, null_mut())
+    const SIG_BLOCK: usize = 0;
+    const SIG_SETMASK: usize = 2;
+    let mut mask = 0_u64;
+    let orders = (&raw const ORDERS).expose_provenance();
+    // It is born with its orders blocked: until it waits for them they wait for it, while to a process 1 that has set up nothing they
+    // would be lost.
+    // SAFETY: the kernel reads one signal set and writes another.
+    unsafe {
+        syscall(arch::RT_SIGPROCMASK, [SIG_BLOCK, orders, (&raw mut mask).expose_provenance(), SET_BYTES, 0])
+    }?;
+    let reaper = clone(CLONE_NEWPID, None, run_reaper, null_mut());
+    let mask = (&raw const mask).expose_provenance();
+    // SAFETY: the kernel reads a signal set.
+    unsafe { syscall(arch::RT_SIGPROCMASK, [SIG_SETMASK, mask, 0, SET_BYTES, 0]) }?;
+    reaper
 }
 
 /// Takes the status of `child` when it has ended, or waits for that.
@@ -341,7 +355,6 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
 extern "C" fn run_reaper(_: *mut c_void) -> ! {
     /// Ignoring SIGCHLD makes the kernel reap every child at once: orphans cost this process no instruction.
     static IGNORE: [usize; 4] = [1, 0, 0, 0];
-    const SIG_BLOCK: usize = 0;
     const PR_SET_PDEATHSIG: usize = 1;
     const SIGKILL: usize = 9;
     let ignore = (&raw const IGNORE).expose_provenance();
@@ -351,7 +364,6 @@ extern "C" fn run_reaper(_: *mut c_void) -> ! {
         (arch::PRCTL, [PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0]),
         (arch::CLOSE_RANGE, [0, u32::MAX as usize, 0, 0, 0]),
         (arch::RT_SIGACTION, [SIGCHLD, ignore, 0, SET_BYTES, 0]),
-        (arch::RT_SIGPROCMASK, [SIG_BLOCK, (&raw const ORDERS).expose_provenance(), 0, SET_BYTES, 0]),
     ] {
         // SAFETY: the kernel reads the two statics, of the sizes it expects. No descriptor is used after.
         let _ = unsafe { syscall(number, arguments) };
