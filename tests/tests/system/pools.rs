@@ -1,5 +1,6 @@
 //! Pools of machines, as the library's users meet them.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -334,36 +335,57 @@ async fn nothing_of_a_guest_is_left_for_the_next() {
     assert!(open.iter().all(|count| *count == open[0]), "descriptors: {open:?}");
 }
 
-/// `KILN_SOAK=10000 cargo xtask test pools::cycles` is the whole of it.
+/// `KILN_SOAK=10000 cargo xtask test pools::cycles` is the whole of it: as many guests at once as there are processors.
 #[tokio::test(flavor = "multi_thread")]
 async fn cycles_leave_nothing_behind() {
+    const ROUNDS: usize = 20;
     let cycles: usize = std::env::var("KILN_SOAK").map_or(20, |count| count.parse().expect("a number"));
-    let pool = image().await.pool().min(1).max(1).shells(0).build();
-    let own = std::process::id();
+    let guests =
+        if cycles > ROUNDS { std::thread::available_parallelism().map_or(1, usize::from) } else { 1 };
+    let each = (cycles / ROUNDS / guests).max(1);
+    let pool = image().await.pool().min(guests).max(guests).shells(0).build();
+    let mut processes = BTreeSet::new();
     let mut samples = Vec::new();
-    for cycle in 0..cycles {
-        let vm = pool.acquire().await.expect("a machine");
-        let process = vm.monitor_id();
-        assert_eq!(sh(&vm, "echo $((6 * 7))").await, "42");
-        vm.release();
-        if cycle % (cycles / 20).max(1) == 0 {
-            until(&pool, |stats| stats.idle == 1).await;
-            samples.push((cycle, [process].map(|pid| (rss_kib(pid), descriptors(pid)))));
-            if cycles > 20 {
-                // Of this process, which at fewer has other tests in it, too.
-                eprintln!("{cycle}: {:?}", (rss_kib(own), descriptors(own)));
-            }
+    for round in 1..=ROUNDS {
+        let cycling = (0..guests).map(|_| tokio::spawn(cycle(pool.clone(), each)));
+        for task in cycling.collect::<Vec<_>>() {
+            processes.extend(task.await.expect("no panic"));
+        }
+        until(&pool, |stats| stats.idle == guests).await;
+        // With few cycles, this process has other tests in it, too.
+        let own = (cycles > ROUNDS).then(std::process::id);
+        let measured = processes.iter().copied().chain(own);
+        samples.push(measured.map(|pid| (rss_kib(pid), descriptors(pid))).collect::<Vec<_>>());
+        if own.is_some() {
+            eprintln!(
+                "{}: (KiB, descriptors) of {guests} and the host {:?}",
+                round * each * guests,
+                samples.last()
+            );
         }
     }
-    let stats = until(&pool, |stats| stats.idle == 1).await;
-    assert_eq!((stats.recycled, stats.failed, stats.total()), (cycles as u64, 0, 1), "{stats:?}");
+    let stats = until(&pool, |stats| stats.idle == guests).await;
+    let all = (ROUNDS * each * guests) as u64;
+    assert_eq!((stats.recycled, stats.failed, stats.total()), (all, 0, guests), "{stats:?}");
+    assert_eq!(processes.len(), guests, "the same processes to the end");
     // After the first quarter, when caches are full.
     let settled = &samples[samples.len() / 4..];
-    let (first, last) = (settled[0].1, settled[settled.len() - 1].1);
-    for (before, after) in first.iter().zip(&last) {
+    for (before, after) in settled[0].iter().zip(settled.last().expect("samples")) {
         assert!(after.1 <= before.1 + 4, "descriptors: {samples:?}");
         assert!(after.0 <= before.0 + 2048, "resident KiB: {samples:?}");
     }
+}
+
+/// So many guests one after the other, and the processes they were in.
+async fn cycle(pool: Pool, cycles: usize) -> BTreeSet<u32> {
+    let mut processes = BTreeSet::new();
+    for _ in 0..cycles {
+        let vm = pool.acquire().await.expect("a machine");
+        processes.insert(vm.monitor_id());
+        assert_eq!(sh(&vm, "echo $((6 * 7))").await, "42");
+        vm.release();
+    }
+    processes
 }
 
 /// How much memory a process has resident, in KiB, what it shares with others left aside.
