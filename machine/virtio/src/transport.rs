@@ -242,7 +242,7 @@ impl State {
         }
         if value & FAILED != 0 {
             self.status |= FAILED;
-            self.device.stop();
+            self.stop();
         }
         if self.status & FAILED != 0 || self.needs_reset() {
             return;
@@ -290,8 +290,14 @@ impl State {
         self.device.start(session).map_err(|error| Broken::Host(error.kind()))
     }
 
-    fn reset(&mut self) {
+    /// Stops the device, for good if it was paused.
+    fn stop(&mut self) {
         self.device.stop();
+        self.held = None;
+    }
+
+    fn reset(&mut self) {
+        self.stop();
         self.signal.reset();
         self.status = 0;
         self.device_features_sel = 0;
@@ -343,7 +349,7 @@ impl State {
         let running = self.status & status::DRIVER_OK != 0;
         if running && value == 0 && (self.queue_sel as usize) < self.queues.len() {
             // The driver takes the queue's memory back. It gets it: nothing of this device touches it any more.
-            self.device.stop();
+            self.stop();
             self.queues[self.queue_sel as usize].ready = false;
             return self.signal.broken(Broken::QueueMissing { index: self.queue_sel as u16 });
         }
@@ -597,6 +603,23 @@ mod tests {
         driver.transport.pause();
         let saved = driver.transport.save().expect("no request is in flight");
         assert_eq!(saved.queues[0].layout, layout);
+    }
+
+    #[test]
+    fn what_stops_a_paused_device_stops_it_for_good() {
+        // A reset, a driver that gives up, and a queue taken away.
+        for (register, value) in [(0x70, 0), (0x70, 128), (0x44, 0)] {
+            let (mut driver, seen) = attach();
+            driver.bring_up(ALL);
+            driver.transport.pause();
+            driver.write(0x30, 0);
+            driver.write(register, value);
+            driver.transport.resume();
+            assert_eq!(count(&seen.starts), 1, "{register:#x}");
+            driver.write(0x70, 0);
+            driver.bring_up(ALL);
+            assert_eq!((count(&seen.starts), driver.needs_reset()), (2, false), "{register:#x}");
+        }
     }
 
     #[test]

@@ -169,25 +169,25 @@ impl<H: Hypervisor> Paused<H> {
     /// Lets the machine go on where it stopped.
     ///
     /// With mail for its agent, this returns when the agent has taken it: the vCPU of the agent runs on the caller's thread until then, which is
-    /// sooner than on one that is yet to be made. Who cannot rely on the guest sets a limit
-    /// (`kiln_jail::deadline`).
+    /// sooner than on one that is yet to be made, and alone, for nothing else is needed for that; threads of devices take longer to make than
+    /// the agent to answer. Who cannot rely on the guest sets a limit (`kiln_jail::deadline`).
     ///
     /// # Errors
     /// What the host says when it has no thread left; the machine has ended then.
     pub fn resume(self) -> std::io::Result<Machine<H>> {
-        let Self { mut machine, vcpus, addressee, .. } = self;
-        machine.shared.devices.resume();
+        let Self { mut machine, mut vcpus, addressee, .. } = self;
         machine.shared.control.resume();
-        for (index, mut vcpu) in vcpus.into_iter().enumerate() {
-            if addressee == Some(index) {
-                // Where mail is there is memory for it. As late as can be, for a host may let a thread wait.
-                let _ = mailbox::tell_time(&machine.memory);
-                match machine.shared.run(index, vcpu, Until::MailIsTaken) {
-                    Some(answered) => vcpu = answered,
-                    // It has ended, which its owner finds out.
-                    None => return Ok(machine),
-                }
+        if let Some(index) = addressee {
+            // Where mail is there is memory for it. As late as can be, for a host may let a thread wait.
+            let _ = mailbox::tell_time(&machine.memory);
+            match machine.shared.run(index, vcpus.remove(index), Until::MailIsTaken) {
+                Some(answered) => vcpus.insert(index, answered),
+                // It has ended, which its owner finds out.
+                None => return Ok(machine),
             }
+        }
+        machine.shared.devices.resume();
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
             if machine.shared.control.is_paused() {
                 // It has parked itself on the way, and used up the kick that went with that.
                 machine.shared.control.kick();

@@ -254,6 +254,18 @@ fn a_restored_disk_goes_on_behind_the_last_request() {
 }
 
 #[test]
+fn a_request_of_a_paused_device_is_served_when_it_goes_on() {
+    let content = pattern(64 << 10, 5);
+    let extent = Extent { file: verified(&content), offset: 0, bytes: 64 << 10 };
+    let mut guest = Guest::start(Disk::read_only(vec![extent]).expect("a disk"));
+    guest.driver.transport.pause();
+    guest.submit(T_IN, 1, &[], &[Span::new(DATA, 512)]);
+    guest.driver.transport.resume();
+    guest.driver.wait_used(0);
+    assert_eq!(guest.driver.memory.read_array::<512>(DATA).expect("RAM"), content[512..1024]);
+}
+
+#[test]
 fn a_guest_that_reads_a_broken_block_forever_is_reported_eight_times() {
     let content = pattern(64 << 10, 5);
     let data =

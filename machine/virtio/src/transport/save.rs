@@ -92,7 +92,7 @@ impl Transport {
         Ok(transport)
     }
 
-    /// Stops the device and keeps what it worked with. The guest must not run until [`resume`](Self::resume).
+    /// Stops the device and keeps what it worked with. What a guest that runs asks of it until [`resume`](Self::resume) is done then.
     pub fn pause(&self) {
         let mut state = self.state();
         state.held = state.device.stop();
