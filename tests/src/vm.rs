@@ -79,6 +79,12 @@ impl Vm {
         self.vm(&["exec", self.name, "--", "sh", "-c", script])
     }
 
+    /// Sets a shell script off and leaves it: one that has the VM's own command end may be killed with the VM before it has ended itself.
+    #[track_caller]
+    pub fn set_off(&self, script: &str) {
+        self.vm(&["exec", "--detach", self.name, "--", "sh", "-c", script]).code(0);
+    }
+
     /// What a shell script prints that succeeds.
     #[track_caller]
     pub fn told(&self, script: &str) -> String {

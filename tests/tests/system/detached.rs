@@ -93,7 +93,7 @@ fn logs_are_followed_until_the_vm_ends_and_as_long_as_one_wants() {
             "{name}: {ended:?}"
         );
     }
-    vm.script("touch /tmp/go").code(0);
+    vm.set_off("touch /tmp/go");
     followed.wait_for("went");
     followed.finish().code(0).complains("last");
     let waited = waiting.finish();
@@ -151,7 +151,7 @@ fn a_vm_that_is_to_be_removed_is_when_it_ends() {
     let waiting = Session::start(&mut vm.kiln(&["wait", "passing"]));
     let mut logs = Session::start(&mut vm.kiln(&["logs", "-f", "passing"]));
     logs.wait_for("ready");
-    vm.script("touch /tmp/go").code(0);
+    vm.set_off("touch /tmp/go");
     logs.wait_for("went");
     logs.finish().code(0);
     waiting.finish().code(5);
@@ -333,7 +333,7 @@ fn a_disk_that_is_full_holds_up_no_command_and_leaves_no_half_of_a_vm() {
     vm.does(&["pause"]).code(3).complains("No space left");
     disk.grow(64 << 20);
     vm.does(&["resume"]).code(0);
-    vm.script("touch /tmp/go").code(0);
+    vm.set_off("touch /tmp/go");
     vm.does(&["wait"]).code(0);
     let logs = vm.does(&["logs"]);
     logs.code(0).complains("of the log are missing here");
