@@ -36,5 +36,5 @@ pub fn capture(command: &mut Command) -> Result<Vec<u8>> {
 /// # Errors
 /// As [`run`].
 pub fn copy_program(from: &Path, to: &Path) -> Result<()> {
-    run(Command::new("cp").arg(from).arg(to))
+    run(Command::new("cp").arg("--preserve=mode").arg(from).arg(to))
 }

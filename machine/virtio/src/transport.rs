@@ -623,6 +623,20 @@ mod tests {
     }
 
     #[test]
+    fn a_broken_device_that_was_paused_does_not_go_on() {
+        let (mut driver, seen) = attach();
+        driver.bring_up(ALL);
+        driver.transport.signal.broken(Broken::QueueMissing { index: 0 });
+        driver.transport.pause();
+        let saved = driver.transport.save().expect("nothing is in flight");
+        driver.transport.resume();
+        assert_eq!(count(&seen.starts), 1);
+        let (memory, line) = (driver.memory.clone(), driver.raised.clone());
+        let restored = Transport::restore(Box::new(Recorder::default()), memory, line, &saved);
+        assert!(restored.expect("a state it can be in").fault().is_some());
+    }
+
+    #[test]
     fn a_driver_that_gives_up_stops_the_device() {
         let (mut driver, seen) = attach();
         driver.bring_up(ALL);

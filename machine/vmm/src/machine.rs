@@ -168,9 +168,10 @@ impl<H: Hypervisor> Paused<H> {
 
     /// Lets the machine go on where it stopped.
     ///
-    /// With mail for its agent, this returns when the agent has taken it: the vCPU of the agent runs on the caller's thread until then, which is
-    /// sooner than on one that is yet to be made, and alone, for nothing else is needed for that; threads of devices take longer to make than
-    /// the agent to answer. Who cannot rely on the guest sets a limit (`kiln_jail::deadline`).
+    /// With mail for its agent, this returns when the agent has taken it, or the machine has ended or parked itself: the vCPU that was in user
+    /// mode, which is the agent's, runs on the caller's thread until then, which is sooner than on one that is yet to be made, and alone:
+    /// threads of devices take longer to make than the agent to answer. Until this returns, no device serves anybody. Who cannot rely on the
+    /// guest sets a limit (`kiln_jail::deadline`).
     ///
     /// # Errors
     /// What the host says when it has no thread left; the machine has ended then.

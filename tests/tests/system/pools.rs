@@ -1,6 +1,6 @@
 //! Pools of machines, as the library's users meet them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -355,7 +355,7 @@ async fn cycles_leave_nothing_behind() {
         // With few cycles, this process has other tests in it, too.
         let own = (cycles > ROUNDS).then(std::process::id);
         let measured = processes.iter().copied().chain(own);
-        samples.push(measured.map(|pid| (rss_kib(pid), descriptors(pid))).collect::<Vec<_>>());
+        samples.push(measured.map(|pid| (pid, (rss_kib(pid), descriptors(pid)))).collect::<BTreeMap<_, _>>());
         if own.is_some() {
             eprintln!(
                 "{}: (KiB, descriptors) of {guests} and the host {:?}",
@@ -370,7 +370,8 @@ async fn cycles_leave_nothing_behind() {
     assert_eq!(processes.len(), guests, "the same processes to the end");
     // After the first quarter, when caches are full.
     let settled = &samples[samples.len() / 4..];
-    for (before, after) in settled[0].iter().zip(settled.last().expect("samples")) {
+    for (process, before) in &settled[0] {
+        let after = settled.last().expect("samples")[process];
         assert!(after.1 <= before.1 + 4, "descriptors: {samples:?}");
         assert!(after.0 <= before.0 + 2048, "resident KiB: {samples:?}");
     }

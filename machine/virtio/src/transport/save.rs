@@ -92,10 +92,12 @@ impl Transport {
         Ok(transport)
     }
 
-    /// Stops the device and keeps what it worked with. What a guest that runs asks of it until [`resume`](Self::resume) is done then.
+    /// Stops the device and keeps what it worked with, unless it is broken. Requests of a guest that runs meanwhile are served after
+    /// [`resume`](Self::resume); what stops the device stops it for good.
     pub fn pause(&self) {
         let mut state = self.state();
-        state.held = state.device.stop();
+        let session = state.device.stop();
+        state.held = session.filter(|_| !state.needs_reset());
     }
 
     /// Lets a paused device go on.
