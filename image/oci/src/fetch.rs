@@ -72,7 +72,8 @@ impl Job {
             Origin::Files(files) => {
                 let (files, given_up, busy) = (Arc::clone(files), self.given_up, self.busy);
                 blocking(move || {
-                    let _busy = busy;
+                    // Dropped in the reverse order: the session has ended when nobody is busy.
+                    let (_busy, session) = (busy, session);
                     let part = counting.read(files.open_blob(&layer.digest)?);
                     convert(&session, &layer, FromFile::new(part, given_up))
                 })
@@ -82,7 +83,7 @@ impl Job {
                 let (pieces, received) = mpsc::channel::<Piece>(MAX_WAITING_PIECES);
                 let busy = self.busy;
                 let converting = blocking(move || {
-                    let _busy = busy;
+                    let (_busy, session) = (busy, session);
                     let download = Download::new(received);
                     convert(&session, &layer, CountedDownload { download, counting })
                 });
