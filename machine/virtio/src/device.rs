@@ -54,6 +54,10 @@ pub trait Device: Send {
     /// The driver published requests on `queue`, which is one of the session's.
     fn kick(&self, queue: u16);
 
+    /// Begins what [`stop`](Self::stop) waits for, which must follow, so that several devices stop at the same time. Kicks between the two are lost
+    /// unless the queues are looked at again, as by a start.
+    fn begin_stop(&self) {}
+
     /// Ends all work, waits for what is in flight, and gives the session back; `None` when it was not running.
     fn stop(&mut self) -> Option<Session>;
 }

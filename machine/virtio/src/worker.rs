@@ -33,9 +33,14 @@ impl Worker {
         self.bell.ring(Bell::queue(queue));
     }
 
+    /// Tells the thread to end.
+    pub(crate) fn begin_stop(&self) {
+        self.bell.ring(Bell::STOP);
+    }
+
     /// Ends the thread. `None` if it panicked.
     pub(crate) fn stop(self) -> Option<Session> {
-        self.bell.ring(Bell::STOP);
+        self.begin_stop();
         self.thread.join().ok()
     }
 }

@@ -147,6 +147,12 @@ impl Device for Block {
         }
     }
 
+    fn begin_stop(&self) {
+        if let Some(worker) = &self.worker {
+            worker.begin_stop();
+        }
+    }
+
     fn stop(&mut self) -> Option<Session> {
         self.worker.take()?.stop()
     }

@@ -92,6 +92,11 @@ impl Transport {
         Ok(transport)
     }
 
+    /// Begins what [`pause`](Self::pause) waits for, which must follow; the vCPUs rest.
+    pub fn begin_pause(&self) {
+        self.state().device.begin_stop();
+    }
+
     /// Stops the device and keeps what it worked with, unless it is broken. Requests of a guest that runs meanwhile are served after
     /// [`resume`](Self::resume); what stops the device stops it for good.
     pub fn pause(&self) {

@@ -174,6 +174,12 @@ impl Device for Vsock {
         }
     }
 
+    fn begin_stop(&self) {
+        if let Some(worker) = &self.worker {
+            worker.begin_stop();
+        }
+    }
+
     fn stop(&mut self) -> Option<Session> {
         let worker = self.worker.take()?;
         lock(&self.host).close();

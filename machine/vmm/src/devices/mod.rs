@@ -124,6 +124,7 @@ impl Devices {
 
     /// Stops all devices; the vCPUs rest.
     pub(crate) fn pause(&self) {
+        self.transports.iter().for_each(Transport::begin_pause);
         self.transports.iter().for_each(Transport::pause);
     }
 
