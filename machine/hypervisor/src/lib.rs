@@ -168,12 +168,13 @@ pub trait Vcpu: Send + 'static {
     /// [`Error::Order`] when it does not rest; [`Error::Call`] when the backend fails.
     fn save(&mut self) -> Result<VcpuState, Error>;
 
-    /// Becomes what `state` says, after [`Vcpu::set_cpuid`] with the CPUID of the vCPU it was saved from.
+    /// Becomes what `state` says, after [`Vcpu::set_cpuid`] with the CPUID of the vCPU it was saved from. With `hold` interrupts are
+    /// [held](Self::hold_interrupts) from the beginning.
     ///
     /// # Errors
     /// [`Error::Order`] when it does not rest; [`Error::Msr`] or [`Error::Call`] when the backend refuses a part. The vCPU is
     /// then of no further use.
-    fn restore(&mut self, state: &VcpuState) -> Result<(), Error>;
+    fn restore(&mut self, state: &VcpuState, hold: bool) -> Result<(), Error>;
 
     /// A handle that ends [`Vcpu::run`] from another thread.
     fn kick(&self) -> Self::Kick;

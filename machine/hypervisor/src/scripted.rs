@@ -80,6 +80,8 @@ pub enum Event {
     Answered(Answer),
     /// It sent an interrupt.
     Interrupted(Msi),
+    /// It began or ended to hold the interrupts of a vCPU.
+    Held(u8, bool),
 }
 
 /// Makes one machine that replays scripts.
@@ -173,6 +175,7 @@ impl Vm for ScriptedVm {
                 ..VcpuState::default()
             },
             rests: true,
+            holds: false,
             seen: Arc::clone(&self.scripted.seen),
             kick: ScriptedKick::default(),
         })
@@ -204,6 +207,7 @@ pub struct ScriptedVcpu {
     state: VcpuState,
     /// It has not run, or its last run was ended by a kick.
     rests: bool,
+    holds: bool,
     seen: Arc<Mutex<Vec<Event>>>,
     kick: ScriptedKick,
 }
@@ -241,20 +245,24 @@ impl Vcpu for ScriptedVcpu {
         Ok(TSC_KHZ)
     }
 
-    fn hold_interrupts(&mut self, _: bool) -> Result<(), Error> {
+    fn hold_interrupts(&mut self, hold: bool) -> Result<(), Error> {
         // What interrupts do is in the script.
+        if std::mem::replace(&mut self.holds, hold) != hold {
+            lock(&self.seen).push(Event::Held(self.index, hold));
+        }
         Ok(())
     }
 
     fn save(&mut self) -> Result<VcpuState, Error> {
         self.check_rest()?;
+        self.hold_interrupts(false)?;
         Ok(self.state.clone())
     }
 
-    fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+    fn restore(&mut self, state: &VcpuState, hold: bool) -> Result<(), Error> {
         self.check_rest()?;
         self.state = state.clone();
-        Ok(())
+        self.hold_interrupts(hold)
     }
 
     fn kick(&self) -> ScriptedKick {

@@ -11,7 +11,7 @@ use std::thread;
 
 use kiln_hypervisor::{
     DescriptorTable, Error, Exit, Hypervisor, InternalError, Kick, Kvm, Msi, Registers, Scripted, Segment,
-    Step, SystemRegisters, Vcpu, Vm,
+    Step, SystemRegisters, Vcpu, VcpuState, Vm,
 };
 use kiln_memory::{Gpa, GuestMemory};
 
@@ -56,8 +56,16 @@ type VcpuOf<B> = <VmOf<B> as Vm>::Vcpu;
 /// A machine whose first vCPU is about to run `code` in flat 32-bit protected mode, with `handler` behind [`VECTOR`]
 /// and [`BREAKPOINT`].
 fn machine<B: Backend>(code: &[u8], handler: &[u8], script: Vec<Step>) -> (VmOf<B>, VcpuOf<B>) {
+    machine_in::<B>(&GuestMemory::new(1 << 20).expect("a mapping"), code, handler, script)
+}
+
+fn machine_in<B: Backend>(
+    memory: &GuestMemory,
+    code: &[u8],
+    handler: &[u8],
+    script: Vec<Step>,
+) -> (VmOf<B>, VcpuOf<B>) {
     let hypervisor = B::open(script);
-    let memory = GuestMemory::new(1 << 20).expect("a mapping");
     memory.write(CODE, code).expect("RAM");
     memory.write(HANDLER, handler).expect("RAM");
     // Null, flat 32-bit code, flat data.
@@ -71,7 +79,7 @@ fn machine<B: Backend>(code: &[u8], handler: &[u8], script: Vec<Step>) -> (VmOf<
     }
 
     let mut vm = hypervisor.create_vm().expect("a machine");
-    vm.map_memory(&memory).expect("memory");
+    vm.map_memory(memory).expect("memory");
     vm.enable_interrupts().expect("local APICs");
     let mut vcpu = vm.create_vcpu(0).expect("a vCPU");
     vcpu.set_cpuid(&hypervisor.supported_cpuid().expect("CPUID")).expect("CPUID is taken");
@@ -217,18 +225,18 @@ fn a_message_interrupts_a_halted_guest<B: Backend>() {
     assert_eq!(next(&mut vcpu), Exit::PortWrite { port: 0x11, data: &[2] });
 }
 
+/// mov dword [0xfee000f0], 0x1ff (local APIC on); mov al, 1; out 0x10, al; sti; mov al, 2; out 0x10, al; mov al, 3; out 0x10, al; hlt; jmp -3
+const LETS_INTERRUPTS_IN: [u8; 26] = [
+    0xc7, 0x05, 0xf0, 0x00, 0xe0, 0xfe, 0xff, 0x01, 0x00, 0x00, 0xb0, 0x01, 0xe6, 0x10, 0xfb, 0xb0, 0x02,
+    0xe6, 0x10, 0xb0, 0x03, 0xe6, 0x10, 0xf4, 0xeb, 0xfd,
+];
+/// mov al, 4; out 0x11, al; jmp $
+const SAYS_IT_WAS_INTERRUPTED: [u8; 6] = [0xb0, 0x04, 0xe6, 0x11, 0xeb, 0xfe];
+
 fn a_held_interrupt_comes_when_it_is_let_through<B: Backend>() {
-    // mov dword [0xfee000f0], 0x1ff (local APIC on); mov al, 1; out 0x10, al; sti; mov al, 2; out 0x10, al; mov al, 3;
-    // out 0x10, al; hlt; jmp -3
-    let code = [
-        0xc7, 0x05, 0xf0, 0x00, 0xe0, 0xfe, 0xff, 0x01, 0x00, 0x00, 0xb0, 0x01, 0xe6, 0x10, 0xfb, 0xb0, 0x02,
-        0xe6, 0x10, 0xb0, 0x03, 0xe6, 0x10, 0xf4, 0xeb, 0xfd,
-    ];
-    // mov al, 4; out 0x11, al; jmp $
-    let handler = [0xb0, 0x04, 0xe6, 0x11, 0xeb, 0xfe];
     let write = |port, value| Step::PortWrite { port, data: vec![value] };
     let script = vec![write(0x10, 1), write(0x10, 2), write(0x11, 4)];
-    let (vm, mut vcpu) = machine::<B>(&code, &handler, script);
+    let (vm, mut vcpu) = machine::<B>(&LETS_INTERRUPTS_IN, &SAYS_IT_WAS_INTERRUPTED, script);
     assert_eq!(next(&mut vcpu), Exit::PortWrite { port: 0x10, data: &[1] });
     vcpu.hold_interrupts(true).expect("held");
     vcpu.hold_interrupts(true).expect("held as before");
@@ -236,6 +244,59 @@ fn a_held_interrupt_comes_when_it_is_let_through<B: Backend>() {
     assert_eq!(next(&mut vcpu), Exit::PortWrite { port: 0x10, data: &[2] });
     vcpu.hold_interrupts(false).expect("let through");
     assert_eq!(next(&mut vcpu), Exit::PortWrite { port: 0x11, data: &[4] });
+}
+
+fn a_vcpu_is_restored_with_its_interrupts_held<B: Backend>() {
+    let write = |port, value| Step::PortWrite { port, data: vec![value] };
+    let guest = |script| machine::<B>(&LETS_INTERRUPTS_IN, &SAYS_IT_WAS_INTERRUPTED, script);
+    let (_vm, mut vcpu) = guest(vec![write(0x10, 1)]);
+    rest_behind_a_write(&mut vcpu);
+    let state = vcpu.save().expect("saved");
+    let (vm, mut other) = guest(vec![write(0x10, 2), write(0x10, 3), write(0x11, 4)]);
+    other.restore(&state, true).expect("restored");
+    vm.signal_msi(Msi { address: 0xfee0_0000, data: VECTOR.into() }).expect("delivered");
+    assert_eq!(next(&mut other), Exit::PortWrite { port: 0x10, data: &[2] });
+    // Now at the latest it would come.
+    assert_eq!(next(&mut other), Exit::PortWrite { port: 0x10, data: &[3] });
+    other.hold_interrupts(false).expect("let through");
+    assert_eq!(next(&mut other), Exit::PortWrite { port: 0x11, data: &[4] });
+}
+
+fn page_tables_that_were_replaced_behind_the_guest_count_once_memory_is_forgotten<B: Backend>() {
+    const TABLES: [u64; 4] = [0x9000, 0xa000, 0xb000, 0xc000];
+    const BEFORE: u64 = 0xd000;
+    const AFTER: u64 = 0xe000;
+    // Present, writable, of user mode.
+    const USERS: u64 = 7;
+    // mov eax, [0x1ff000]; mov [0x1fe000], eax; jmp -16: in user mode, where no hypervisor emulates.
+    let code =
+        [0x8b, 0x04, 0x25, 0x00, 0xf0, 0x1f, 0x00, 0x89, 0x04, 0x25, 0x00, 0xe0, 0x1f, 0x00, 0xeb, 0xf0];
+    let memory = GuestMemory::new(1 << 20).expect("a mapping");
+    let tells = |value: u8| Step::MmioWrite { gpa: MMIO, data: vec![value, 0, 0, 0] };
+    let (vm, mut vcpu) = machine_in::<B>(&memory, &code, &[], vec![tells(1), tells(1), tells(2)]);
+    let write = |at: u64, value: u64| memory.write_u64(Gpa(at), value).expect("RAM");
+    for (table, next) in TABLES.iter().zip(&TABLES[1..]) {
+        write(*table, next | USERS);
+    }
+    let page = |index: u64, frame: u64| write(TABLES[3] + index * 8, frame | USERS);
+    page(CODE.0 >> 12, CODE.0);
+    page(0x1fe, MMIO);
+    page(0x1ff, BEFORE);
+    write(BEFORE, 1);
+    write(AFTER, 2);
+    let mut system = protected_mode(&vcpu);
+    let long = Segment { dpl: 3, selector: 0x1b, default_32: false, long: true, ..system.cs };
+    let data = Segment { dpl: 3, selector: 0x23, ..system.ds };
+    system = SystemRegisters { cs: long, ds: data, es: data, fs: data, gs: data, ss: data, ..system };
+    // Paging, with the page tables of 64-bit mode.
+    (system.cr0, system.cr3, system.cr4, system.efer) = (0x8000_0011, TABLES[0], 0x20, 0x500);
+    vcpu.set_system_registers(&system).expect("system registers");
+    let told = |value| Exit::MmioWrite { gpa: MMIO, data: value };
+    assert_eq!(next(&mut vcpu), told(&[1, 0, 0, 0]));
+    assert_eq!(next(&mut vcpu), told(&[1, 0, 0, 0]));
+    page(0x1ff, AFTER);
+    vm.forget_memory().expect("forgotten");
+    assert_eq!(next(&mut vcpu), told(&[2, 0, 0, 0]));
 }
 
 fn a_message_nobody_takes_is_no_error<B: Backend>() {
@@ -311,7 +372,7 @@ fn a_vcpu_goes_on_in_another_machine<B: Backend>() {
     let value = [0x88, 0x77, 0x66, 0x55];
     let (vm, mut other) = machine::<B>(&KEEPS_A_VALUE, &[], vec![write(0x11, &value)]);
     vm.set_clock_ns(clock + 5_000_000_000).expect("set");
-    other.restore(&state).expect("restored");
+    other.restore(&state, false).expect("restored");
     assert_eq!(next(&mut other), Exit::PortWrite { port: 0x11, data: &value });
     assert!(vm.clock_ns().expect("a clock") >= clock + 5_000_000_000);
 }
@@ -323,19 +384,29 @@ fn what_is_restored_is_what_was_saved<B: Backend>() {
     rest_behind_a_write(&mut vcpu);
     let mut saved = vcpu.save().expect("saved");
     saved.registers.r15 = 15;
+    // The task priority, in all of its places; the processor's follows it.
+    saved.system_registers.cr8 = 3;
+    for register in [0x80, 0xa0] {
+        if let Some(priority) = saved.local_apic.get_mut(register) {
+            *priority = 3 << 4;
+        }
+    }
     saved.debug_registers[0] = 0x1234;
     if let Some(area) = saved.xsave.get_mut(..1024) {
         // XMM3, and the bit that says that such registers have values.
         area[208..224].copy_from_slice(b"sixteen bytes...");
         area[512] |= 0b10;
     }
-    let (_other_vm, mut other) = machine::<B>(&KEEPS_A_VALUE, &[], script());
-    other.restore(&saved).expect("restored");
-    let mut found = other.save().expect("saved again");
-    for state in [&mut saved, &mut found] {
+    let at_rest = |mut state: VcpuState| {
         state.msrs.retain(|msr| !MOVING.contains(&msr.index));
+        state
+    };
+    for hold in [false, true] {
+        let (_other_vm, mut other) = machine::<B>(&KEEPS_A_VALUE, &[], script());
+        other.restore(&saved, hold).expect("restored");
+        let found = other.save().expect("saved again");
+        assert_eq!(at_rest(found), at_rest(saved.clone()));
     }
-    assert_eq!(found, saved);
 }
 
 fn a_vcpu_that_waits_for_an_answer_is_not_saved<B: Backend>() {
@@ -410,6 +481,8 @@ contract! {
     a_second_vcpu_waits_to_be_started
     a_message_interrupts_a_halted_guest
     a_held_interrupt_comes_when_it_is_let_through
+    a_vcpu_is_restored_with_its_interrupts_held
+    page_tables_that_were_replaced_behind_the_guest_count_once_memory_is_forgotten
     a_message_nobody_takes_is_no_error
     a_triple_fault_is_a_shutdown
     a_breakpoint_in_the_guest_kernel_reaches_its_handler

@@ -46,6 +46,7 @@ pub struct Machine<H: Hypervisor> {
     pub(crate) vm: Arc<H::Vm>,
     pub(crate) memory: GuestMemory,
     pub(crate) shape: Shape,
+    pub(crate) tsc_khz: u32,
 }
 
 /// What all vCPU threads of a machine share.
@@ -157,12 +158,12 @@ impl<H: Hypervisor> Paused<H> {
         observer: Observer,
         devices: impl FnOnce(Ioapic, &GuestMemory, ConsoleInput) -> Result<Devices, E>,
     ) -> Result<Self, E> {
-        let Shell { vm, vcpus, memory, shape } = shell;
+        let Shell { vm, vcpus, memory, shape, tsc_khz } = shell;
         let control = Arc::new(Control::new(vcpus.iter().map(Vcpu::kick).collect())?);
         let ioapic = Ioapic::new(shape.vcpus(), deliver(Arc::clone(&vm), Arc::clone(&control)));
         let devices = devices(ioapic, &memory, console.input())?;
         let shared = Arc::new(Shared { control, devices, has_mail: AtomicBool::new(false), observer });
-        let machine = Machine { shared, threads: Vec::new(), console, vm, memory, shape };
+        let machine = Machine { shared, threads: Vec::new(), console, vm, memory, shape, tsc_khz };
         Ok(Self { machine, vcpus, parking: Parking::None, addressee: None })
     }
 
@@ -178,7 +179,10 @@ impl<H: Hypervisor> Paused<H> {
     pub fn resume(self) -> std::io::Result<Machine<H>> {
         let Self { mut machine, mut vcpus, addressee, .. } = self;
         machine.shared.control.resume();
-        if let Some(index) = addressee {
+        if !machine.shared.has_mail.load(Ordering::Acquire) {
+            // They were held for mail that has not come.
+            machine.shared.let_interrupts_in(&mut vcpus);
+        } else if let Some(index) = addressee {
             // Where mail is there is memory for it. As late as can be, for a host may let a thread wait.
             let _ = mailbox::tell_time(&machine.memory);
             match machine.shared.run(index, vcpus.remove(index), Until::MailIsTaken) {
@@ -279,6 +283,15 @@ impl<K: kiln_hypervisor::Kick> Shared<K> {
             }
         }
         None
+    }
+
+    /// Ends it that vCPUs hold interrupts.
+    fn let_interrupts_in<V: Vcpu<Kick = K>>(&self, vcpus: &mut [V]) {
+        for (index, vcpu) in vcpus.iter_mut().enumerate() {
+            if let Err(error) = vcpu.hold_interrupts(false) {
+                self.crashed(index, vcpu, &error.to_string());
+            }
+        }
     }
 
     /// Does what the guest asked for through the power page.

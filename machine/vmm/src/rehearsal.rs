@@ -11,7 +11,7 @@ use kiln_hypervisor::{Exit, Hypervisor, Kick as _, Vcpu, Vm as _};
 use crate::devices::{Effect, power};
 use crate::machine::VcpuOf;
 use crate::mailbox::{self, MailError};
-use crate::paused::{Parking, Paused, USER_MODE};
+use crate::paused::{Parking, Paused};
 use crate::shell::Shell;
 
 /// The most exits of a rehearsal: an agent makes one, and a run may be ended by a kick that was meant for an earlier one.
@@ -42,12 +42,8 @@ impl<H: Hypervisor> Paused<H> {
             return Err(MailError::NotParked.into());
         }
         let id = mailbox::put_rehearsal(&self.machine.memory)?;
-        for vcpu in &mut self.vcpus {
-            if vcpu.system_registers()?.cs.dpl == USER_MODE {
-                vcpu.hold_interrupts(true)?;
-                self.machine.shared.walk::<H>(vcpu)?;
-            }
-        }
+        let agent = self.hold_for_mail()?.and_then(|index| self.vcpus.get_mut(index));
+        self.machine.shared.walk::<H>(agent.ok_or(RehearsalError::Unexpected)?)?;
         if mailbox::is_acknowledged(&self.machine.memory, id) {
             return Ok(());
         }
@@ -62,7 +58,8 @@ impl<H: Hypervisor> Paused<H> {
     pub fn into_shell(self) -> Result<Shell<H>, kiln_hypervisor::Error> {
         let Self { machine, vcpus, .. } = self;
         machine.vm.forget_memory()?;
-        Ok(Shell { vm: Arc::clone(&machine.vm), vcpus, memory: machine.memory.clone(), shape: machine.shape })
+        let (vm, memory) = (Arc::clone(&machine.vm), machine.memory.clone());
+        Ok(Shell { vm, vcpus, memory, shape: machine.shape, tsc_khz: machine.tsc_khz })
     }
 }
 

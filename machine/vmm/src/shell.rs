@@ -81,6 +81,8 @@ pub struct Shell<H: Hypervisor> {
     pub(crate) vcpus: Vec<<H::Vm as Vm>::Vcpu>,
     pub(crate) memory: GuestMemory,
     pub(crate) shape: Shape,
+    /// The rate of its time stamp counters in kHz.
+    pub(crate) tsc_khz: u32,
 }
 
 impl<H: Hypervisor> Shell<H> {
@@ -94,7 +96,8 @@ impl<H: Hypervisor> Shell<H> {
         vm.map_memory(&memory)?;
         vm.enable_interrupts()?;
         let vcpus = (0..shape.vcpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
-        let mut shell = Self { vm: Arc::new(vm), vcpus, memory, shape };
+        let tsc_khz = vcpus.first().map_or(Ok(0), Vcpu::tsc_khz)?;
+        let mut shell = Self { vm: Arc::new(vm), vcpus, memory, shape, tsc_khz };
         shell.identify_vcpus(hypervisor)?;
         Ok(shell)
     }
@@ -114,8 +117,7 @@ impl<H: Hypervisor> Shell<H> {
         let supported = hypervisor.supported_cpuid()?;
         let on_pvm = host::is_pvm();
         for (index, vcpu) in (0..).zip(&mut self.vcpus) {
-            let tsc_khz = vcpu.tsc_khz()?;
-            let leaves = cpuid::for_vcpu(&supported, index, self.shape.vcpus, tsc_khz, on_pvm);
+            let leaves = cpuid::for_vcpu(&supported, index, self.shape.vcpus, self.tsc_khz, on_pvm);
             vcpu.set_cpuid(&leaves)?;
             vcpu.set_msrs(&boot::initial_msrs())?;
         }

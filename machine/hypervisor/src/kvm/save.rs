@@ -18,6 +18,8 @@ const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const XCR0: u32 = 0;
 const LOCAL_APIC_BYTES: usize = 1024;
+/// Where the task priority is in a local APIC. Intel SDM volume 3 "Local APIC Register Address Map".
+const TASK_PRIORITY: usize = 0x80;
 
 /// The state of the vCPU behind `fd`, with those of the registers `msrs` that can be read.
 pub(super) fn save(fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, Error> {
@@ -37,8 +39,8 @@ pub(super) fn save(fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, Error> {
     })
 }
 
-/// Gives the vCPU behind `fd` that state.
-pub(super) fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
+/// Gives the vCPU behind `fd` that state, with another task priority if one is given.
+pub(super) fn restore(fd: &VcpuFd, state: &VcpuState, priority: Option<u64>) -> Result<(), Error> {
     fd.set_sregs(&kvm_sregs::from(&state.system_registers)).map_err(call("KVM_SET_SREGS"))?;
     fd.set_regs(&kvm_regs::from(&state.registers)).map_err(call("KVM_SET_REGS"))?;
     if state.xcr0 != 0 {
@@ -55,7 +57,7 @@ pub(super) fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
     let [d0, d1, d2, d3, dr6, dr7] = state.debug_registers;
     let debug = kvm_debugregs { db: [d0, d1, d2, d3], dr6, dr7, ..kvm_debugregs::default() };
     fd.set_debug_regs(&debug).map_err(call("KVM_SET_DEBUGREGS"))?;
-    fd.set_lapic(&lapic_of(&state.local_apic)?).map_err(call("KVM_SET_LAPIC"))?;
+    fd.set_lapic(&lapic_of(&state.local_apic, priority)?).map_err(call("KVM_SET_LAPIC"))?;
     write(fd, &state.msrs)?;
     fd.set_vcpu_events(&kvm_vcpu_events::from(&state.events)).map_err(call("KVM_SET_VCPU_EVENTS"))?;
     fd.set_mp_state(kvm_mp_state { mp_state: state.run_state }).map_err(call("KVM_SET_MP_STATE"))?;
@@ -111,9 +113,17 @@ fn write(fd: &VcpuFd, msrs: &[Msr]) -> Result<(), Error> {
     Ok(())
 }
 
-fn lapic_of(bytes: &[u8]) -> Result<kvm_lapic_state, Error> {
-    let bytes: [u8; LOCAL_APIC_BYTES] =
+/// The task priority of a saved vCPU, as CR8 shows it: the upper four bits of what the local APIC has.
+pub(super) fn priority_of(state: &VcpuState) -> u64 {
+    state.local_apic.get(TASK_PRIORITY).map_or(0, |priority| u64::from(priority >> 4))
+}
+
+fn lapic_of(bytes: &[u8], priority: Option<u64>) -> Result<kvm_lapic_state, Error> {
+    let mut bytes: [u8; LOCAL_APIC_BYTES] =
         bytes.try_into().map_err(|_| Error::Order("a local APIC of the wrong length"))?;
+    if let Some(priority) = priority {
+        bytes[TASK_PRIORITY] = (priority << 4) as u8;
+    }
     Ok(kvm_lapic_state { regs: bytes.map(|byte| byte as i8) })
 }
 

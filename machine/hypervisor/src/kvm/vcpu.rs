@@ -131,11 +131,11 @@ impl Vcpu for KvmVcpu {
         save::save(&self.fd, &self.msrs)
     }
 
-    fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+    fn restore(&mut self, state: &VcpuState, hold: bool) -> Result<(), Error> {
         self.check_rest()?;
-        // What was held is another's.
-        self.held = None;
-        save::restore(&self.fd, state)
+        // What was held before is another's.
+        self.held = hold.then(|| save::priority_of(state));
+        save::restore(&self.fd, state, hold.then_some(HIGHEST_PRIORITY))
     }
 
     fn kick(&self) -> KvmKick {

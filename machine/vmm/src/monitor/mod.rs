@@ -214,6 +214,8 @@ impl Ahead<'_> {
             .map_err(Failure::from)
             .and_then(|shape| Ok(Shell::create(kvm, shape)?));
         self.shell = Some(shell.map_err(Unserved::Failed)?);
+        // Which is known then when the order comes.
+        restore::class(kvm).map_err(Unserved::Failed)?;
         Ok(send(self.channel, Happened::Prepared(Prepared { at_ns: monotonic().0 }))?)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use kiln_control::{Blame, SaveState};
@@ -132,9 +132,14 @@ fn shape_of(header: &Header) -> Option<Shape> {
     Shape::new(mib, header.vcpus).ok().filter(|_| header.memory_bytes.is_multiple_of(1 << 20))
 }
 
-fn class(kvm: &Kvm) -> Result<Digest, Failure> {
+/// What a snapshot's host has to have in common with this one. Found once.
+pub(super) fn class(kvm: &Kvm) -> Result<Digest, Failure> {
+    static CLASS: OnceLock<Digest> = OnceLock::new();
+    if let Some(class) = CLASS.get() {
+        return Ok(*class);
+    }
     let supported = kvm.supported_cpuid().map_err(ShellError::from)?;
-    Ok(cpuid::class(&supported, host::is_pvm()))
+    Ok(*CLASS.get_or_init(|| cpuid::class(&supported, host::is_pvm())))
 }
 
 fn digest(bytes: &[u8]) -> Result<Digest, Failure> {
