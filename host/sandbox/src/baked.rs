@@ -4,13 +4,14 @@ mod builder;
 mod error;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_oci::Config;
 use kiln_oci::Image as Pulled;
 use kiln_protocol::mailbox::Bounds;
 use kiln_store::{Snapshot, SnapshotImage, SnapshotRecord, Store};
 use kiln_support::digest::Digest;
+use tokio::try_join;
 
 pub(crate) use builder::WarmUp;
 pub use builder::{ImageBuilder, WarmingUp};
@@ -21,7 +22,7 @@ use crate::launch::Launch;
 use crate::monitor::{LineListener, Monitor, MonitorProgram};
 use crate::pool::PoolBuilder;
 use crate::snapshot;
-use crate::vm::boot::{blocking, random_name};
+use crate::vm::boot::{self, blocking, random_name};
 use crate::vm::copying::{Guest, Origin};
 use crate::vm::{Times, Vm, VmError};
 
@@ -55,6 +56,14 @@ struct Inner {
     hostname: Option<String>,
     /// The machine that showed that the snapshot can be used, until somebody takes it.
     first: Mutex<Option<Member>>,
+    spare: Mutex<Spare>,
+}
+
+/// The disk for the next guest of a machine that is recycled, a copy of the snapshot's that nobody has used. It is there for as long as the image.
+#[derive(Default)]
+struct Spare {
+    disk: Option<Disk>,
+    making: bool,
 }
 
 /// A machine of an image that belongs to nobody.
@@ -145,11 +154,36 @@ impl Image {
     }
 
     /// Gives a machine to the next guest, which waits in it: only the process, its memory mapping and its vCPUs are the same.
-    pub(crate) async fn recycle(&self, Member { monitor, scratch }: Member) -> Result<Member, VmError> {
-        drop(scratch);
-        let member = Member { monitor, scratch: self.scratch().await? };
+    pub(crate) async fn recycle(&self, Member { monitor, scratch: used }: Member) -> Result<Member, VmError> {
+        let spare = self.spare().disk.take();
+        let scratch = match spare {
+            Some(spare) => spare,
+            None => self.scratch().await?,
+        };
+        let member = Member { monitor, scratch };
         self.stand_in(&member).await?;
+        // Neither is on anybody's way: to free what the guest before has written, and the disk of the one after the next.
+        tokio::task::spawn_blocking(move || drop(used));
+        self.make_spare();
         Ok(member)
+    }
+
+    fn make_spare(&self) {
+        let mut spare = self.spare();
+        if spare.disk.is_some() || std::mem::replace(&mut spare.making, true) {
+            return;
+        }
+        drop(spare);
+        let image = self.clone();
+        tokio::spawn(async move {
+            // Where there is no room for one, the next recycling says so.
+            let disk = image.scratch().await.ok();
+            *image.spare() = Spare { disk, making: false };
+        });
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Spare> {
+        self.0.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The machine that is left of making the image, if nobody has taken it.
@@ -164,9 +198,9 @@ impl Image {
 
     /// What a machine is made in and with, and no machine yet.
     async fn bare(&self) -> Result<Member, VmError> {
-        // The process comes up while the disk is made.
-        let monitor = self.spawn_monitor()?;
-        Ok(Member { monitor, scratch: self.scratch().await? })
+        let monitor = boot::spawn(&self.0.program, self.0.warnings.as_ref());
+        let (monitor, scratch) = try_join!(monitor, self.scratch())?;
+        Ok(Member { monitor, scratch })
     }
 
     async fn scratch(&self) -> Result<Disk, VmError> {
@@ -201,10 +235,6 @@ impl Image {
             Origin { guest, image: Some(image), root: inner.root_objects, scratch, commands },
             times,
         )
-    }
-
-    fn spawn_monitor(&self) -> Result<Monitor, VmError> {
-        Ok(Monitor::spawn_with(&self.0.program, self.0.warnings.clone())?)
     }
 
     /// What the next machine is called.

@@ -351,7 +351,6 @@ impl Inner {
     async fn make_on_the_way(self: &Arc<Self>, bounds: Bounds) -> Result<Vm, PoolError> {
         self.check_memory()?;
         let shell = self.lock().shells.pop().filter(|shell| !shell.monitor.has_ended());
-        self.changed.notify_one();
         let made = self.in_time(self.image.make(shell, bounds)).await;
         let mut state = self.lock();
         match &made {

@@ -19,6 +19,7 @@ mod service;
 use kiln_oci::Image;
 use kiln_store::{Session, Snapshot, SnapshotImage, SnapshotRecord, Store, StoreError};
 use kiln_support::digest::{Digest, Hasher};
+use tokio::try_join;
 
 pub(crate) use content::Content;
 pub use content::{HostFile, HostFileError, LogPattern, LogPatternError, Trigger};
@@ -174,8 +175,7 @@ pub(crate) async fn obtain(builder: &VmBuilder, name: Option<String>) -> Result<
 
 /// A machine of a template whose guest waits.
 async fn first(builder: &VmBuilder, template: &Snapshot) -> Result<Member, VmError> {
-    let monitor = builder.spawn_monitor()?;
-    let scratch = scratch(&builder.scratch, template).await?;
+    let (monitor, scratch) = try_join!(builder.spawn_monitor(), scratch(&builder.scratch, template))?;
     stand(&monitor, template, &[&builder.root, &scratch]).await?;
     Ok(Member { monitor, scratch })
 }

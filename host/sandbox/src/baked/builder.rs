@@ -414,6 +414,7 @@ impl ImageBuilder {
             scratch,
             hostname,
             first,
+            spare: Mutex::default(),
         })))
     }
 }

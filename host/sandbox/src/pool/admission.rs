@@ -4,6 +4,7 @@
 //! measured when it comes back, and the most of late is what the next is expected to take.
 
 use std::fs;
+use std::io::Read as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::PoolError;
@@ -13,6 +14,8 @@ use crate::HostStats;
 const FIRST_GUESS_BYTES: u64 = 16 << 20;
 /// What is left to the host whatever machines are wanted, in bytes.
 const RESERVE_BYTES: u64 = 128 << 20;
+/// More than `/proc/meminfo` has.
+const MEMINFO_BYTES: usize = 8 << 10;
 /// A measurement that is lower than what was expected counts for one part in so many.
 const FORGETTING: u64 = 8;
 
@@ -55,7 +58,9 @@ fn next(expected: u64, measured: u64) -> u64 {
 
 /// What the host can give without taking from anybody. Linux `Documentation/filesystems/proc.rst`, "meminfo".
 fn available_bytes() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    // In one read, where a text that grows takes seven.
+    let mut text = String::with_capacity(MEMINFO_BYTES);
+    fs::File::open("/proc/meminfo").and_then(|mut file| file.read_to_string(&mut text)).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }

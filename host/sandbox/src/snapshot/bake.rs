@@ -152,7 +152,7 @@ async fn bake_template(
     builder.tell_bake(Bake::BakingTemplate);
     let session = super::session(&snapshots.store).await?;
     let (draft, scratch) = scratch(builder, &session).await?;
-    let monitor = builder.spawn_monitor()?;
+    let monitor = builder.spawn_monitor().await?;
     let (monitor, _) = restore(monitor, base, &[&builder.root, &scratch], None, HOSTNAME, |_, _| {}).await?;
     let monitor = boot::set_up(monitor, builder.setup(), HOSTNAME).await?;
     builder.content.write_files(&monitor).await?;

@@ -9,6 +9,7 @@ use kiln_snapshot::Header;
 use kiln_store::{Snapshot, SnapshotRecord, Store, StoreError};
 use kiln_support::from_start::FromStart;
 use rustix::time::ClockId;
+use tokio::try_join;
 
 use super::{BakeError, Restored, SnapshotError, park};
 use crate::agent::AgentError;
@@ -24,9 +25,7 @@ pub(super) async fn machine(builder: &VmBuilder, template: &Snapshot) -> Result<
     {
         return Err(SnapshotError::Mixed.into());
     }
-    // The process starts while the disk is copied.
-    let monitor = builder.spawn_monitor()?;
-    let scratch = scratch(&builder.scratch, template).await?;
+    let (monitor, scratch) = try_join!(builder.spawn_monitor(), scratch(&builder.scratch, template))?;
     let hostname = builder.hostname_for_guest();
     let disks = [&builder.root, &scratch];
     let (monitor, times) =

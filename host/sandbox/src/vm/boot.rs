@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use super::{GUEST_CID, Phase, VmBuilder, VmError};
 use crate::agent::{self, AgentError};
 use crate::disk::{self, Descriptors, Disk};
-use crate::monitor::{BootTimes, Monitor, MonitorError};
+use crate::monitor::{BootTimes, LineListener, Monitor, MonitorError, MonitorProgram};
 
 /// How long a guest kernel may take until its agent listens. It catches one that hangs: a kernel that is emulated on a
 /// host with too much to do can take minutes.
@@ -27,7 +27,7 @@ pub(crate) async fn boot(
     disks: &[&Disk],
     tell: impl Fn(Phase, u64),
 ) -> Result<(Monitor, BootTimes), VmError> {
-    let monitor = builder.spawn_monitor()?;
+    let monitor = builder.spawn_monitor().await?;
     let (kernel, initramfs) = (builder.guest.kernel()?, builder.guest.initramfs()?);
     let mut descriptors = Descriptors::default();
     let mut start = Start {
@@ -99,6 +99,15 @@ async fn ask_to_set_up(monitor: &Monitor, setup: Setup) -> Result<(), VmError> {
 /// Makes a scratch disk in a file without a name.
 pub(super) async fn make_scratch(folder: PathBuf, size_bytes: u64) -> Result<Disk, VmError> {
     Ok(blocking(move || disk::scratch_disk(&folder, size_bytes)).await?)
+}
+
+/// Starts a monitor process on a thread that may block: until the program runs, most of a millisecond, the thread that starts it stands still.
+pub(crate) async fn spawn(
+    program: &MonitorProgram,
+    warnings: Option<&LineListener>,
+) -> Result<Monitor, VmError> {
+    let (program, warnings) = (program.clone(), warnings.cloned());
+    Ok(blocking(move || Monitor::spawn_with(&program, warnings)).await?)
 }
 
 /// Does what blocks where it holds nobody up.

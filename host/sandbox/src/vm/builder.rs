@@ -279,8 +279,8 @@ impl VmBuilder {
         }
     }
 
-    pub(crate) fn spawn_monitor(&self) -> Result<Monitor, VmError> {
-        Ok(Monitor::spawn_with(&self.program, self.warnings.clone())?)
+    pub(crate) async fn spawn_monitor(&self) -> Result<Monitor, VmError> {
+        boot::spawn(&self.program, self.warnings.as_ref()).await
     }
 
     pub(crate) fn monitor(&self) -> &MonitorProgram {
