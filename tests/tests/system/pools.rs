@@ -339,9 +339,9 @@ async fn nothing_of_a_guest_is_left_for_the_next() {
 #[tokio::test(flavor = "multi_thread")]
 async fn cycles_leave_nothing_behind() {
     const ROUNDS: usize = 20;
-    let cycles: usize = std::env::var("KILN_SOAK").map_or(20, |count| count.parse().expect("a number"));
-    let guests =
-        if cycles > ROUNDS { std::thread::available_parallelism().map_or(1, usize::from) } else { 1 };
+    let cycles: usize = std::env::var("KILN_SOAK").map_or(ROUNDS, |count| count.parse().expect("a number"));
+    let is_long = cycles > ROUNDS;
+    let guests = if is_long { std::thread::available_parallelism().map_or(1, usize::from) } else { 1 };
     let each = (cycles / ROUNDS / guests).max(1);
     let pool = image().await.pool().min(guests).max(guests).shells(0).build();
     let mut processes = BTreeSet::new();
@@ -351,22 +351,17 @@ async fn cycles_leave_nothing_behind() {
         for task in cycling.collect::<Vec<_>>() {
             processes.extend(task.await.expect("no panic"));
         }
-        until(&pool, |stats| stats.idle == guests).await;
+        let stats = until(&pool, |stats| stats.idle == guests).await;
+        let done = round * each * guests;
+        assert_eq!((stats.recycled, stats.failed, stats.total()), (done as u64, 0, guests), "{stats:?}");
         // With few cycles, this process has other tests in it, too.
-        let own = (cycles > ROUNDS).then(std::process::id);
+        let own = is_long.then(std::process::id);
         let measured = processes.iter().copied().chain(own);
         samples.push(measured.map(|pid| (pid, (rss_kib(pid), descriptors(pid)))).collect::<BTreeMap<_, _>>());
-        if own.is_some() {
-            eprintln!(
-                "{}: (KiB, descriptors) of {guests} and the host {:?}",
-                round * each * guests,
-                samples.last()
-            );
+        if is_long {
+            eprintln!("{done}: (KiB, descriptors) of {guests} and the host {:?}", samples.last());
         }
     }
-    let stats = until(&pool, |stats| stats.idle == guests).await;
-    let all = (ROUNDS * each * guests) as u64;
-    assert_eq!((stats.recycled, stats.failed, stats.total()), (all, 0, guests), "{stats:?}");
     assert_eq!(processes.len(), guests, "the same processes to the end");
     // After the first quarter, when caches are full.
     let settled = &samples[samples.len() / 4..];
