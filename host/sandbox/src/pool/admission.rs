@@ -4,7 +4,6 @@
 //! measured when it comes back, and the most of late is what the next is expected to take.
 
 use std::fs;
-use std::io::Read as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::PoolError;
@@ -14,8 +13,6 @@ use crate::HostStats;
 const FIRST_GUESS_BYTES: u64 = 16 << 20;
 /// What is left to the host whatever machines are wanted, in bytes.
 const RESERVE_BYTES: u64 = 128 << 20;
-/// More than `/proc/meminfo` has.
-const MEMINFO_BYTES: usize = 8 << 10;
 /// A measurement that is lower than what was expected counts for one part in so many.
 const FORGETTING: u64 = 8;
 
@@ -33,10 +30,13 @@ impl Default for Admission {
 impl Admission {
     /// Refuses to have so many machines made at a time where the host has no room for them.
     pub(super) fn check(&self, making: usize) -> Result<(), PoolError> {
-        // A host that does not say what it has is believed to have it.
-        let Some(available_bytes) = available_bytes() else { return Ok(()) };
         let expected_bytes = self.expected_bytes.load(Ordering::Relaxed).saturating_mul(making.max(1) as u64);
         let needed_bytes = expected_bytes.saturating_add(RESERVE_BYTES);
+        if idle_bytes() >= needed_bytes {
+            return Ok(());
+        }
+        // A host that does not say what it has is believed to have it.
+        let Some(available_bytes) = available_bytes() else { return Ok(()) };
         if available_bytes >= needed_bytes {
             return Ok(());
         }
@@ -56,11 +56,15 @@ fn next(expected: u64, measured: u64) -> u64 {
     if measured >= expected { measured } else { expected - (expected - measured) / FORGETTING }
 }
 
+/// What the host uses for nothing: less than it can give, and to be had in a microsecond.
+fn idle_bytes() -> u64 {
+    let host = rustix::system::sysinfo();
+    host.freeram.saturating_mul(host.mem_unit.into())
+}
+
 /// What the host can give without taking from anybody. Linux `Documentation/filesystems/proc.rst`, "meminfo".
 fn available_bytes() -> Option<u64> {
-    // In one read, where a text that grows takes seven.
-    let mut text = String::with_capacity(MEMINFO_BYTES);
-    fs::File::open("/proc/meminfo").and_then(|mut file| file.read_to_string(&mut text)).ok()?;
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
@@ -93,6 +97,12 @@ mod tests {
         let refused = admission.check(1);
         assert!(matches!(refused, Err(PoolError::Memory { needed_bytes, available_bytes })
             if needed_bytes > available_bytes && available_bytes > 0));
+    }
+
+    #[test]
+    fn what_lies_idle_can_be_had() {
+        let (idle, available) = (idle_bytes(), available_bytes().expect("there is a /proc"));
+        assert!((1 << 20..2 * available).contains(&idle), "{idle} of {available}");
     }
 
     #[test]
