@@ -7,3 +7,4 @@ pub mod durable;
 pub mod from_start;
 pub mod lock;
 pub mod sparse;
+pub mod word;

@@ -79,7 +79,8 @@ impl Image {
         ImageBuilder::new(reference.into())
     }
 
-    /// The image of a snapshot in a store, by its name or its key: one that was baked by that name, or a machine that was saved.
+    /// The image of a snapshot in a store, by its name or its key: one that was baked by that name, or a machine that was saved. Commands run in
+    /// its machines as they did then: with that environment, as that user, in that directory.
     ///
     /// # Errors
     /// [`ImageError`], by what is missing or damaged.

@@ -35,11 +35,12 @@ pub use client::Kept;
 pub use events::{EVENT_FILE_BYTES_MAX, Event, EventReader, Happening};
 pub use folder::{Creation, Life, Machines};
 pub use keeper::Keeping;
+pub use kiln_support::word::Word;
 pub use log::{LOG_FILE_BYTES_MAX, LogEntry, LogReader, LogStream};
 pub use publish::Published;
 pub use record::{Defaults, Exit, Origin, ScratchKind, State, VmRecord, is_vm_name};
 pub use watch::Watch;
-pub use workload::{MainCommand, Word};
+pub use workload::MainCommand;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 
 use kiln_oci::Config;
+use kiln_store::SnapshotCommands;
 
 use crate::signal;
 
@@ -88,6 +89,13 @@ impl Launch {
             workdir,
             stop_signal,
         })
+    }
+}
+
+impl From<&Launch> for SnapshotCommands {
+    fn from(launch: &Launch) -> Self {
+        let Launch { env, user, workdir, .. } = launch.clone();
+        Self { env: env.into_iter().map(Into::into).collect(), user, working_directory: workdir }
     }
 }
 

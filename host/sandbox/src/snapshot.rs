@@ -17,7 +17,7 @@ mod restore;
 mod service;
 
 use kiln_oci::Image;
-use kiln_store::{Session, Snapshot, SnapshotImage, SnapshotRecord, Store, StoreError};
+use kiln_store::{Session, Snapshot, SnapshotCommands, SnapshotImage, SnapshotRecord, Store, StoreError};
 use kiln_support::digest::{Digest, Hasher};
 use tokio::try_join;
 
@@ -141,14 +141,21 @@ pub(crate) async fn start_from_copy(builder: &VmBuilder, copy: &Snapshot) -> Res
     restore::machine(builder, copy).await
 }
 
+/// What a template is called, and how commands run in its machines, where that is not as the image says.
+#[derive(Clone, Debug)]
+pub(crate) struct Naming {
+    pub(crate) name: String,
+    pub(crate) commands: Option<SnapshotCommands>,
+}
+
 /// Makes sure that there is a template, and gives it a name.
 pub(crate) async fn bake(
     builder: &VmBuilder,
     snapshots: &Snapshots,
-    name: Option<String>,
+    naming: Option<Naming>,
 ) -> Result<SnapshotRecord, VmError> {
     let keys = Keys::of(builder, snapshots)?;
-    let Snapshot { record, .. } = named(builder, snapshots, &keys, None, name).await?;
+    let Snapshot { record, .. } = named(builder, snapshots, &keys, None, naming).await?;
     Ok(record)
 }
 
@@ -157,15 +164,18 @@ pub(crate) async fn bake(
 ///
 /// # Panics
 /// When [`VmBuilder::snapshots`] was not called.
-pub(crate) async fn obtain(builder: &VmBuilder, name: Option<String>) -> Result<(Snapshot, Member), VmError> {
+pub(crate) async fn obtain(
+    builder: &VmBuilder,
+    naming: Option<Naming>,
+) -> Result<(Snapshot, Member), VmError> {
     let snapshots = builder.snapshots.as_ref().expect("the caller says which store takes the snapshot");
     let keys = Keys::of(builder, snapshots)?;
-    let template = named(builder, snapshots, &keys, None, name.clone()).await?;
+    let template = named(builder, snapshots, &keys, None, naming.clone()).await?;
     match first(builder, &template).await {
         // It is made anew, once, as for a machine that is started.
         Err(VmError::Snapshot(error)) if error.is_the_snapshots() => {
             builder.tell_bake(Bake::Refused(&error));
-            let template = named(builder, snapshots, &keys, Some(&template.record), name).await?;
+            let template = named(builder, snapshots, &keys, Some(&template.record), naming).await?;
             let first = first(builder, &template).await?;
             Ok((template, first))
         }
@@ -180,18 +190,21 @@ async fn first(builder: &VmBuilder, template: &Snapshot) -> Result<Member, VmErr
     Ok(Member { monitor, scratch })
 }
 
-/// The template, called `name` if one is given.
+/// The template, named if a name is given.
 async fn named(
     builder: &VmBuilder,
     snapshots: &Snapshots,
     keys: &Keys,
     refused: Option<&SnapshotRecord>,
-    name: Option<String>,
+    naming: Option<Naming>,
 ) -> Result<Snapshot, VmError> {
     let mut template = bake::template(builder, snapshots, keys, refused).await?;
-    if name.is_some() && name != template.record.name {
-        template.record.name = name;
-        put(&session(&snapshots.store).await?, &template.record).await?;
+    if let Some(Naming { name, commands }) = naming {
+        let (name, known) = (Some(name), &template.record);
+        if name != known.name || commands != known.commands {
+            template.record = SnapshotRecord { name, commands, ..template.record };
+            put(&session(&snapshots.store).await?, &template.record).await?;
+        }
     }
     Ok(template)
 }

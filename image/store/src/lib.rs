@@ -45,6 +45,8 @@ pub use error::StoreError;
 pub use object::{Object, ObjectId, ObjectReader};
 pub use record::{ImageRecord, LayerRecord, Tag};
 pub use session::Session;
-pub use snapshot::{BakeLock, Snapshot, SnapshotImage, SnapshotKind, SnapshotRecord, is_snapshot_name};
+pub use snapshot::{
+    BakeLock, Snapshot, SnapshotCommands, SnapshotImage, SnapshotKind, SnapshotRecord, is_snapshot_name,
+};
 pub use store::{MAX_BLOB_BYTES, Store};
 pub use writer::{MAX_OBJECT_BYTES, ObjectWriter};

@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use kiln_support::digest::Digest;
+use kiln_support::word::Word;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Context;
@@ -62,6 +63,9 @@ pub struct SnapshotRecord {
     /// The command that runs in it, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
+    /// How commands run in its machines unless told otherwise, where whoever named or saved it said so; else as the image says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commands: Option<SnapshotCommands>,
     /// The guest's memory.
     pub memory: ObjectId,
     /// Everything else of the machine: a blob.
@@ -88,6 +92,17 @@ pub struct SnapshotImage {
     pub reference: String,
     /// The digest of its manifest.
     pub manifest: Digest,
+}
+
+/// How commands run in the machines of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotCommands {
+    /// The whole environment as `KEY=VALUE` words.
+    pub env: Vec<Word>,
+    /// As whom; empty for root.
+    pub user: String,
+    /// Where; empty for `/`.
+    pub working_directory: String,
 }
 
 impl SnapshotRecord {

@@ -1,15 +1,20 @@
 //! The library's examples, as its users run them.
 
+use std::path::Path;
 use std::process::Command;
 
 use kiln_testkit::copy_program;
 use kiln_tests::{Outcome, busybox, from_environment, kiln, store};
 
 fn example(name: &str, arguments: &[&str]) -> Outcome {
+    example_with(name, arguments, &[])
+}
+
+fn example_with(name: &str, arguments: &[&str], environment: &[(&str, &Path)]) -> Outcome {
     let mut command = Command::new(from_environment("KILN_EXAMPLES").join(name));
     command.arg(busybox().reference()).args(arguments);
     command.env("KILN_ROOT", store()).env("KILN_GUEST_DIR", from_environment("KILN_TEST_GUEST"));
-    Outcome::of(&mut command)
+    Outcome::of(command.envs(environment.iter().copied()))
 }
 
 #[track_caller]
@@ -78,6 +83,17 @@ fn extra_files_go_in_and_results_come_out() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), "b\na\nc\n").expect("written");
     says("extra_files", &[file.path().to_str().expect("text")], &["2 files: 3 lines"]);
+}
+
+#[test]
+fn by_name_finds_what_was_baked_and_saved_as_it_was() {
+    let place = tempfile::tempdir().expect("a folder");
+    // Of its own, for its names.
+    let root = [("KILN_ROOT", place.path())];
+    let outcome = example_with("by_name", &[], &root);
+    outcome.code(0);
+    let said = ["baked: blue, user 1000, in /srv, no note", "saved: blue, user 1000, in /srv, hello"];
+    assert_eq!(outcome.out().lines().collect::<Vec<_>>(), said);
 }
 
 #[test]

@@ -8,14 +8,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_oci::{Config, Image as Pulled, Platform, Progress, PullOptions, PullPolicy, Source};
-use kiln_store::{Snapshot, SnapshotRecord, Store};
+use kiln_store::{Snapshot, SnapshotCommands, SnapshotRecord, Store};
 
 use super::{Image, ImageError, Inner, Member, disk};
 use crate::GuestBundle;
 use crate::disk::Scratch;
 use crate::launch::{Launch, Overrides};
 use crate::monitor::{LineListener, MonitorProgram};
-use crate::snapshot::{self, Bake, BakeError, HostFile, SnapshotError, Trigger};
+use crate::snapshot::{self, Bake, BakeError, HostFile, Naming, SnapshotError, Trigger};
 use crate::vm::boot::blocking;
 use crate::vm::{Vm, VmBuilder, VmError};
 
@@ -109,7 +109,7 @@ impl ImageBuilder {
         self
     }
 
-    /// What the snapshot is called in the store, where [`Image::from_snapshot`] finds it.
+    /// What the snapshot is called in the store, where [`Image::from_snapshot`] finds it, with how commands run in its machines.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
@@ -303,7 +303,8 @@ impl ImageBuilder {
             builder = builder.on_bake(move |step| observer(step));
         }
         let builder = builder.snapshots(&store, &pulled);
-        let (snapshot, first) = snapshot::obtain(&builder, self.name.clone()).await?;
+        let naming = self.naming(&pulled.config)?;
+        let (snapshot, first) = snapshot::obtain(&builder, naming).await?;
         self.image(builder, pulled, snapshot, Some(first))
     }
 }
@@ -384,6 +385,14 @@ impl ImageBuilder {
         Ok(Arc::new(self.launch(config, Some(&any))?))
     }
 
+    /// What its snapshot is to be called.
+    fn naming(&self, config: &Config) -> Result<Option<Naming>, ImageError> {
+        let Some(name) = self.name.clone() else { return Ok(None) };
+        let is_as_the_image_says = self.env.is_empty() && self.user.is_none() && self.workdir.is_none();
+        let commands = if is_as_the_image_says { None } else { Some((&*self.commands(config)?).into()) };
+        Ok(Some(Naming { name, commands }))
+    }
+
     /// What says that the command which the snapshot has running is ready; `None` when it has none.
     fn trigger(&self) -> Option<Trigger> {
         let listens = self.guest_port.filter(|_| self.listener_required).map(Trigger::Port);
@@ -428,8 +437,13 @@ pub(super) async fn from_snapshot(store: &Store, name: &str) -> Result<Image, Im
     if record.root != Some(snapshot::root_of(&pulled)) {
         return Err(SnapshotError::OtherRoot.into());
     }
-    let scratch_bytes = record.scratch.map(|_| SCRATCH_BYTES);
-    let image = ImageBuilder { scratch_bytes, ..ImageBuilder::new(pulled.name.clone()) };
+    let mut image = ImageBuilder::new(pulled.name.clone());
+    image.scratch_bytes = record.scratch.map(|_| SCRATCH_BYTES);
+    if let Some(SnapshotCommands { env, user, working_directory }) = &record.commands {
+        image.env = env.iter().map(OsString::from).collect();
+        image.user = Some(user.clone());
+        image.workdir = Some(working_directory.clone()).filter(|folder| !folder.is_empty());
+    }
     let builder = image.machine(store, &pulled).await?;
     let snapshot = snapshot::open(store, &record.key).await?.ok_or(SnapshotError::Gone)?;
     image.image(builder, pulled, snapshot, None)

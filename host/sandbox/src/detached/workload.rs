@@ -1,9 +1,10 @@
 //! The command that a detached machine runs, and with which it ends.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::time::Duration;
 
+use kiln_support::word::Word;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::sync::mpsc;
@@ -49,34 +50,6 @@ pub struct MainCommand {
     /// It is killed when it runs longer, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
-}
-
-/// A word of a command: text, or bytes where it is none.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Word {
-    /// UTF-8.
-    Text(String),
-    /// Anything else.
-    Bytes(Vec<u8>),
-}
-
-impl From<OsString> for Word {
-    fn from(word: OsString) -> Self {
-        match word.into_string() {
-            Ok(text) => Self::Text(text),
-            Err(word) => Self::Bytes(word.into_vec()),
-        }
-    }
-}
-
-impl From<&Word> for OsString {
-    fn from(word: &Word) -> Self {
-        match word {
-            Word::Text(text) => text.into(),
-            Word::Bytes(bytes) => Self::from_vec(bytes.clone()),
-        }
-    }
 }
 
 impl From<Launch> for MainCommand {
@@ -204,20 +177,5 @@ async fn carry(mut from: impl AsyncRead + Unpin, stream: LogStream, to: mpsc::Se
 fn write(mut log: LogWriter, mut pieces: mpsc::Receiver<Piece>) {
     while let Some(piece) = pieces.blocking_recv() {
         log.append(piece.stream, piece.unix_ns, &piece.bytes);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_that_are_no_text_survive_a_record() {
-        let words = [OsString::from("plain"), OsString::from_vec(vec![b'a', 0xff, b'b'])];
-        let argv: Vec<Word> = words.iter().cloned().map(Word::from).collect();
-        let text = serde_json::to_string(&argv).expect("JSON");
-        assert_eq!(text, "[\"plain\",[97,255,98]]");
-        let read: Vec<Word> = serde_json::from_str(&text).expect("words");
-        assert_eq!(read.iter().map(OsString::from).collect::<Vec<_>>(), words);
     }
 }

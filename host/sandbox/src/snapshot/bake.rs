@@ -279,6 +279,7 @@ async fn save(
         image: None,
         root: None,
         service: None,
+        commands: None,
         memory,
         state,
         scratch: None,

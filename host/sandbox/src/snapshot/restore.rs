@@ -255,6 +255,7 @@ mod tests {
                 image: None,
                 root: None,
                 service: None,
+                commands: None,
                 memory: ObjectId(name),
                 state: name,
                 scratch: recorded.then_some(ObjectId(name)),

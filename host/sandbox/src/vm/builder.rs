@@ -15,7 +15,7 @@ use super::{MEMORY_MIN_MIB, Phase, Times, VCPUS_MAX, Vm, VmError};
 use crate::GuestBundle;
 use crate::disk::{Disk, Scratch};
 use crate::monitor::{LineListener, Monitor, MonitorProgram};
-use crate::snapshot::{self, Bake, Content, Restored, SnapshotError, Snapshots};
+use crate::snapshot::{self, Bake, Content, Naming, Restored, SnapshotError, Snapshots};
 
 type PhaseObserver = Arc<dyn Fn(Phase, u64) + Send + Sync>;
 type BakeObserver = Arc<dyn Fn(Bake<'_>) + Send + Sync>;
@@ -249,7 +249,7 @@ impl VmBuilder {
     pub async fn bake(self, name: Option<String>) -> Result<SnapshotRecord, VmError> {
         self.check_shape()?;
         let snapshots = self.snapshots.as_ref().expect("the caller says which store takes the snapshot");
-        snapshot::bake(&self, snapshots, name).await
+        snapshot::bake(&self, snapshots, name.map(|name| Naming { name, commands: None })).await
     }
 
     /// What the guest is asked to make ready, without what differs from one machine of its kind to the next.
@@ -343,6 +343,7 @@ mod tests {
             image: None,
             root,
             service: None,
+            commands: None,
             memory: ObjectId(name),
             state: name,
             scratch: None,

@@ -290,6 +290,7 @@ impl Machine {
             image: self.origin.image.clone(),
             root: self.origin.root,
             service,
+            commands: self.origin.commands.as_deref().map(Into::into),
             memory,
             state: Digest::EMPTY,
             scratch: None,

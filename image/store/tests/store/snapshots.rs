@@ -29,6 +29,7 @@ pub(crate) fn snapshot_of(image: &ImageRecord, seed: u64) -> SnapshotRecord {
         name: None,
         image: Some(SnapshotImage { reference: "one".into(), manifest: image.manifest }),
         service: None,
+        commands: None,
         memory: ObjectId(Digest::EMPTY),
         state: Digest::EMPTY,
         scratch: Some(ObjectId(Digest::EMPTY)),
