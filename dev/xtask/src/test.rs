@@ -45,12 +45,16 @@ shift 2
 exec $user "$@"
 "#;
 
-/// Tests that look into a jail, mount or become somebody else, which root alone can.
-const ROOT_ONLY: [&str; 10] = [
+/// Tests that look into a jail, mount, become somebody else or have umoci give files to others, which root alone can.
+const ROOT_ONLY: [&str; 14] = [
     "jail::",
     "detached::a_disk_that_is_full",
     "disk::",
     "lifetime::an_idle",
+    "nasty::a_debian_is_what_umoci",
+    "nasty::as_many_layers",
+    "nasty::deletions_and_opaque",
+    "nasty::every_kind_of_metadata",
     "pools::cycles_leave_nothing_behind",
     "pools::nothing_of_a_guest_is_left",
     "templates::a_bake_killed_at_any_step",

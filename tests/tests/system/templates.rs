@@ -2,8 +2,8 @@
 //!
 //! A size of the scratch disk that no other test uses makes a template of a test's own; the base is everybody's.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt as _;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -40,8 +40,14 @@ fn hex<'a>(record: &'a Value, part: &str) -> &'a str {
     record[part].as_str().expect("a digest").trim_start_matches("sha256:")
 }
 
+/// A file of the store's, to be damaged: its owner may write to none of them.
+fn writable(path: &Path) -> File {
+    fs::set_permissions(path, Permissions::from_mode(0o600)).expect("a file of the store");
+    File::options().read(true).write(true).open(path).expect("a file of the store")
+}
+
 fn flip(path: &Path, at: u64) {
-    let file = File::options().read(true).write(true).open(path).expect("a file of the store");
+    let file = writable(path);
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).expect("read");
     file.write_all_at(&[byte[0] ^ 0x10], at).expect("written");
@@ -176,7 +182,7 @@ fn a_damaged_snapshot_is_baked_anew() {
         }),
         ("a memory that is cut off", |record| {
             let memory = store().join("objects").join(hex(record, "memory"));
-            File::options().write(true).open(memory).expect("a file").set_len(1 << 20).expect("cut");
+            writable(&memory).set_len(1 << 20).expect("cut");
         }),
         ("a record with a flipped bit", |record| {
             flip(&store().join("snapshots").join(hex(record, "key")), 30);
