@@ -57,7 +57,7 @@ async fn start(
         Some(name) => name.clone(),
         None => kiln::random_name().map_err(Failure::host)?,
     };
-    let launch = Launch::new(&image.config, overrides(args, env))?;
+    let launch = Launch::new(&image.config, overrides(args, env, named.as_ref()))?;
 
     let spinner = progress::spinner(context, format!("starting {}", args.image));
     let builder = machine::builder(context, &args.machine, &store, &image, events)?;
@@ -106,8 +106,12 @@ pub(crate) async fn image(
     Ok((Some(record), image))
 }
 
-/// What a command line wants otherwise than an image says.
-pub(crate) fn overrides(args: &Run, env: Vec<std::ffi::OsString>) -> Overrides {
+/// What a command line, or the snapshot that it names, wants otherwise than an image says.
+pub(crate) fn overrides(
+    args: &Run,
+    env: Vec<std::ffi::OsString>,
+    snapshot: Option<&SnapshotRecord>,
+) -> Overrides {
     Overrides {
         entrypoint: args.entrypoint.clone(),
         args: args.command.clone(),
@@ -115,6 +119,7 @@ pub(crate) fn overrides(args: &Run, env: Vec<std::ffi::OsString>) -> Overrides {
         user: args.flags.user.clone(),
         workdir: args.flags.workdir.clone(),
     }
+    .over(snapshot.and_then(|record| record.commands.as_ref()))
 }
 
 /// Shows the guest's console when the user wants to see that much.

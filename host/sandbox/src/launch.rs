@@ -23,6 +23,19 @@ pub struct Overrides {
     pub workdir: Option<String>,
 }
 
+impl Overrides {
+    /// With what whoever named or saved a snapshot wanted, where nothing else is wanted here.
+    pub fn over(mut self, commands: Option<&SnapshotCommands>) -> Self {
+        let Some(SnapshotCommands { env, user, working_directory }) = commands else { return self };
+        self.env.splice(..0, env.iter().map(OsString::from));
+        self.user.get_or_insert_with(|| user.clone());
+        if !working_directory.is_empty() {
+            self.workdir.get_or_insert_with(|| working_directory.clone());
+        }
+        self
+    }
+}
+
 /// What to run and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
@@ -194,6 +207,19 @@ mod tests {
             Overrides { env: vec!["A=2".into(), "B=3".into(), "A=4".into()], ..Overrides::default() };
         let launch = Launch::new(&config(), overrides).expect("a command");
         assert_eq!(launch.env, ["PATH=/bin", "A=4", "B=3"]);
+    }
+
+    #[test]
+    fn what_a_snapshot_says_is_over_the_images_and_under_what_is_given() {
+        let first = Overrides { user: Some("7".into()), env: vec!["A=2".into()], ..Overrides::default() };
+        let commands = SnapshotCommands::from(&Launch::new(&config(), first).expect("a command"));
+        let second = || Overrides { env: vec!["B=3".into()], ..Overrides::default() };
+        let launch = Launch::new(&config(), second().over(Some(&commands))).expect("a command");
+        assert_eq!(launch.env, ["PATH=/bin", "A=2", "B=3"]);
+        assert_eq!((launch.user.as_str(), launch.workdir.as_str()), ("7", "/srv"));
+        let given = Overrides { env: vec!["A=5".into()], user: Some("8".into()), ..second() };
+        let launch = Launch::new(&config(), given.over(Some(&commands))).expect("a command");
+        assert_eq!((launch.env[1].to_str(), launch.user.as_str()), (Some("A=5"), "8"));
     }
 
     #[test]

@@ -94,6 +94,9 @@ fn by_name_finds_what_was_baked_and_saved_as_it_was() {
     outcome.code(0);
     let said = ["baked: blue, user 1000, in /srv, no note", "saved: blue, user 1000, in /srv, hello"];
     assert_eq!(outcome.out().lines().collect::<Vec<_>>(), said);
+    let mut run = kiln(["run", "--quiet", "--env", "SIZE=large", "snapshot:toolbox", "sh", "-c"]);
+    run.arg("echo $SIZE and $COLOR, user $(id -u), in $PWD").envs(root);
+    assert_eq!(Outcome::of(&mut run).out(), "large and blue, user 1000, in /srv\n");
 }
 
 #[test]

@@ -20,7 +20,7 @@ pub(crate) async fn run(context: &Context, machines: &Machines, args: Run) -> Re
     }
     let store = images::store(context)?;
     let (saved, image) = run::image(context, &store, &args).await?;
-    let launch = Launch::new(&image.config, run::overrides(&args, env))?;
+    let launch = Launch::new(&image.config, run::overrides(&args, env, saved.as_ref()))?;
     let timeout_ms = args.timeout.map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
     let (terminal, stdin) = (args.flags.tty, args.flags.interactive);
     let main = MainCommand { terminal, stdin, timeout_ms, ..launch.into() };

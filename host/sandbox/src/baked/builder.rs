@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_oci::{Config, Image as Pulled, Platform, Progress, PullOptions, PullPolicy, Source};
-use kiln_store::{Snapshot, SnapshotCommands, SnapshotRecord, Store};
+use kiln_store::{Snapshot, SnapshotRecord, Store};
 
 use super::{Image, ImageError, Inner, Member, disk};
 use crate::GuestBundle;
@@ -437,13 +437,9 @@ pub(super) async fn from_snapshot(store: &Store, name: &str) -> Result<Image, Im
     if record.root != Some(snapshot::root_of(&pulled)) {
         return Err(SnapshotError::OtherRoot.into());
     }
-    let mut image = ImageBuilder::new(pulled.name.clone());
-    image.scratch_bytes = record.scratch.map(|_| SCRATCH_BYTES);
-    if let Some(SnapshotCommands { env, user, working_directory }) = &record.commands {
-        image.env = env.iter().map(OsString::from).collect();
-        image.user = Some(user.clone());
-        image.workdir = Some(working_directory.clone()).filter(|folder| !folder.is_empty());
-    }
+    let scratch_bytes = record.scratch.map(|_| SCRATCH_BYTES);
+    let Overrides { env, user, workdir, .. } = Overrides::default().over(record.commands.as_ref());
+    let image = ImageBuilder { scratch_bytes, env, user, workdir, ..ImageBuilder::new(pulled.name.clone()) };
     let builder = image.machine(store, &pulled).await?;
     let snapshot = snapshot::open(store, &record.key).await?.ok_or(SnapshotError::Gone)?;
     image.image(builder, pulled, snapshot, None)
