@@ -71,6 +71,7 @@ pub(crate) fn describe(store: &Store, snapshot: &SnapshotRecord) -> Value {
             json!({"name": image.reference, "digest": image.manifest.to_string()})
         }),
         "service": snapshot.service,
+        "commands": snapshot.commands,
         "memory": snapshot.memory.to_string(),
         "state": snapshot.state.to_string(),
         "scratch": snapshot.scratch.map(|id| id.to_string()),

@@ -66,6 +66,15 @@ struct Spare {
     making: bool,
 }
 
+/// A spare disk that is being made, until it is there or nobody makes it any more.
+struct SpareInMaking(Image);
+
+impl Drop for SpareInMaking {
+    fn drop(&mut self) {
+        self.0.spare().making = false;
+    }
+}
+
 /// A machine of an image that belongs to nobody.
 #[derive(Debug)]
 pub(crate) struct Member {
@@ -80,7 +89,7 @@ impl Image {
     }
 
     /// The image of a snapshot in a store, by its name or its key: one that was baked by that name, or a machine that was saved. Commands run in
-    /// its machines as they did then: with that environment, as that user, in that directory.
+    /// its machines as this library was told when it named or saved it: with that environment, as that user, in that directory.
     ///
     /// # Errors
     /// [`ImageError`], by what is missing or damaged.
@@ -175,11 +184,11 @@ impl Image {
             return;
         }
         drop(spare);
-        let image = self.clone();
+        let made = SpareInMaking(self.clone());
         tokio::spawn(async move {
             // Where there is no room for one, the next recycling says so.
-            let disk = image.scratch().await.ok();
-            *image.spare() = Spare { disk, making: false };
+            let disk = made.0.scratch().await.ok();
+            made.0.spare().disk = disk;
         });
     }
 

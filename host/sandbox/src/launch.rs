@@ -211,12 +211,13 @@ mod tests {
 
     #[test]
     fn what_a_snapshot_says_is_over_the_images_and_under_what_is_given() {
-        let first = Overrides { user: Some("7".into()), env: vec!["A=2".into()], ..Overrides::default() };
+        let (user, workdir) = (Some("7".into()), Some("/opt".into()));
+        let first = Overrides { user, workdir, env: vec!["A=2".into()], ..Overrides::default() };
         let commands = SnapshotCommands::from(&Launch::new(&config(), first).expect("a command"));
         let second = || Overrides { env: vec!["B=3".into()], ..Overrides::default() };
         let launch = Launch::new(&config(), second().over(Some(&commands))).expect("a command");
         assert_eq!(launch.env, ["PATH=/bin", "A=2", "B=3"]);
-        assert_eq!((launch.user.as_str(), launch.workdir.as_str()), ("7", "/srv"));
+        assert_eq!((launch.user.as_str(), launch.workdir.as_str()), ("7", "/opt"));
         let given = Overrides { env: vec!["A=5".into()], user: Some("8".into()), ..second() };
         let launch = Launch::new(&config(), given.over(Some(&commands))).expect("a command");
         assert_eq!((launch.env[1].to_str(), launch.user.as_str()), (Some("A=5"), "8"));

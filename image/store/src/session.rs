@@ -165,7 +165,9 @@ impl Session {
             let (others, _) = self.inner.store.snapshots()?;
             for other in others {
                 if other.key != snapshot.key && other.name.as_ref() == Some(name) {
-                    self.put_snapshot_record(&SnapshotRecord { name: None, ..other })?;
+                    // What a machine was saved with stays with it.
+                    let commands = other.commands.filter(|_| other.kind == crate::SnapshotKind::Saved);
+                    self.put_snapshot_record(&SnapshotRecord { name: None, commands, ..other })?;
                 }
             }
         }

@@ -97,6 +97,10 @@ fn by_name_finds_what_was_baked_and_saved_as_it_was() {
     let mut run = kiln(["run", "--quiet", "--env", "SIZE=large", "snapshot:toolbox", "sh", "-c"]);
     run.arg("echo $SIZE and $COLOR, user $(id -u), in $PWD").envs(root);
     assert_eq!(Outcome::of(&mut run).out(), "large and blue, user 1000, in /srv\n");
+    Outcome::of(kiln(["vm", "restore", "--name", "by-name", "with-note"]).envs(root)).code(0);
+    let told = Outcome::of(kiln(["exec", "by-name", "sh", "-c", "echo $COLOR, $(id -u), $PWD"]).envs(root));
+    Outcome::of(kiln(["rm", "--force", "by-name"]).envs(root)).code(0);
+    assert_eq!(told.out(), "blue, 1000, /srv\n");
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Making VMs: from an image, from a snapshot, from one that runs.
 
+use std::ffi::OsString;
+
 use kiln::detached::{Defaults, Machines, Origin, ScratchKind, State, VmRecord};
 use kiln::image::Image;
-use kiln::store::{SnapshotImage, SnapshotKind, SnapshotRecord, Store};
+use kiln::store::{SnapshotCommands, SnapshotImage, SnapshotKind, SnapshotRecord, Store};
 
 use super::args::Create;
 use super::{names, start};
@@ -68,12 +70,14 @@ pub(crate) async fn restore(
         }
     };
     let image = kiln::image::open(&store, &image.reference, &image.manifest)?;
+    let blank = blank(machines, name, &image)?;
     let record = VmRecord {
         origin: Origin::Snapshot { key: saved.key },
         memory_mib: saved.memory_mib,
         vcpus: saved.vcpus,
         scratch: saved_scratch(&store, &saved)?,
-        ..blank(machines, name, &image)?
+        defaults: saved_defaults(&saved, &blank.defaults),
+        ..blank
     };
     let record = put_and_start(context, machines, record).await?;
     print(&format!("{}\n", record.name))
@@ -88,6 +92,15 @@ pub(super) fn saved_scratch(store: &Store, saved: &SnapshotRecord) -> Result<Scr
         Some(id) => ScratchKind::Disk { bytes: store.object(id)?.length() },
         None => ScratchKind::Memory,
     })
+}
+
+/// How commands run in a machine that is made from a snapshot, of an image that says `defaults`.
+pub(super) fn saved_defaults(saved: &SnapshotRecord, defaults: &Defaults) -> Defaults {
+    let Some(SnapshotCommands { env, user, working_directory }) = &saved.commands else {
+        return defaults.clone();
+    };
+    let env = env.iter().map(|word| OsString::from(word).to_string_lossy().into_owned()).collect();
+    Defaults { env, user: user.clone(), working_directory: working_directory.clone() }
 }
 
 /// `kiln vm fork`.

@@ -31,6 +31,7 @@ pub(crate) async fn run(context: &Context, machines: &Machines, args: Run) -> Re
             memory_mib: saved.memory_mib,
             vcpus: saved.vcpus,
             scratch: create::saved_scratch(&store, &saved)?,
+            defaults: create::saved_defaults(&saved, &blank.defaults),
             ..blank
         },
         None => create::shaped(context, blank, &args.machine)?,

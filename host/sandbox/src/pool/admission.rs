@@ -13,6 +13,8 @@ use crate::HostStats;
 const FIRST_GUESS_BYTES: u64 = 16 << 20;
 /// What is left to the host whatever machines are wanted, in bytes.
 const RESERVE_BYTES: u64 = 128 << 20;
+/// More than the kernel keeps to itself of what lies idle, in bytes.
+const KERNELS_BYTES: u64 = 1 << 30;
 /// A measurement that is lower than what was expected counts for one part in so many.
 const FORGETTING: u64 = 8;
 
@@ -32,7 +34,7 @@ impl Admission {
     pub(super) fn check(&self, making: usize) -> Result<(), PoolError> {
         let expected_bytes = self.expected_bytes.load(Ordering::Relaxed).saturating_mul(making.max(1) as u64);
         let needed_bytes = expected_bytes.saturating_add(RESERVE_BYTES);
-        if idle_bytes() >= needed_bytes {
+        if idle_bytes() >= needed_bytes.saturating_add(KERNELS_BYTES) {
             return Ok(());
         }
         // A host that does not say what it has is believed to have it.
@@ -56,7 +58,7 @@ fn next(expected: u64, measured: u64) -> u64 {
     if measured >= expected { measured } else { expected - (expected - measured) / FORGETTING }
 }
 
-/// What the host uses for nothing: less than it can give, and to be had in a microsecond.
+/// What the host uses for nothing, which is known in a microsecond.
 fn idle_bytes() -> u64 {
     let host = rustix::system::sysinfo();
     host.freeram.saturating_mul(host.mem_unit.into())
@@ -102,7 +104,7 @@ mod tests {
     #[test]
     fn what_lies_idle_can_be_had() {
         let (idle, available) = (idle_bytes(), available_bytes().expect("there is a /proc"));
-        assert!((1 << 20..2 * available).contains(&idle), "{idle} of {available}");
+        assert!((1 << 20..available).contains(&(idle / 2)), "{idle} of {available}");
     }
 
     #[test]

@@ -184,9 +184,9 @@ async fn bake_template(
     let service = builder.content.service.as_ref().map(|service| words(&service.launch));
     // One that takes the place of another is called as that was.
     let before = snapshots.store.snapshot(&keys.template).ok().flatten();
-    let (name, image) = (before.and_then(|before| before.name), Some(snapshots.image.clone()));
-    let root = Some(snapshots.content);
-    finish(&session, &SnapshotRecord { name, scratch, service, image, root, ..record }).await
+    let (name, commands) = before.map_or((None, None), |before| (before.name, before.commands));
+    let (image, root) = (Some(snapshots.image.clone()), Some(snapshots.content));
+    finish(&session, &SnapshotRecord { name, commands, scratch, service, image, root, ..record }).await
 }
 
 /// Puts the record, after all it names, and opens what it stands for while the session still keeps it.

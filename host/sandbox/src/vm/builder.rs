@@ -213,7 +213,11 @@ impl VmBuilder {
         }
         if let Some(snapshots) = &self.snapshots {
             match snapshot::start(&self, snapshots).await {
-                Ok(restored) => return Ok(self.restored(restored)),
+                Ok(mut restored) => {
+                    // Whoever has named the template wanted that of machines that are asked for by the name.
+                    restored.record.commands = None;
+                    return Ok(self.restored(restored));
+                }
                 // A machine that boots would lack what was to be put into the snapshot.
                 Err(error @ (VmError::Bake(_) | VmError::Snapshot(_))) if self.content.is_empty() => {
                     self.tell_bake(Bake::Impossible(&error));

@@ -269,17 +269,18 @@ impl Machine {
 
     /// A record of the machine as it is now, of which only the memory has its name.
     fn record(&self, memory: ObjectId) -> Result<SnapshotRecord, VmError> {
-        let (memory_mib, vcpus, kernel, initramfs, service) = match &self.origin.guest {
+        let (memory_mib, vcpus, kernel, initramfs, service, commands) = match &self.origin.guest {
             Guest::Booted { bundle, memory_mib, vcpus } => {
                 let (kernel, initramfs) = bundle.digests().map_err(|source| BakeError::Host {
                     action: "read",
                     what: "the guest's kernel and initramfs".into(),
                     source,
                 })?;
-                (*memory_mib, *vcpus, kernel, initramfs, None)
+                (*memory_mib, *vcpus, kernel, initramfs, None, None)
             }
             Guest::Restored(from) => {
-                (from.memory_mib, from.vcpus, from.kernel, from.initramfs, from.service.clone())
+                let (service, commands) = (from.service.clone(), from.commands.clone());
+                (from.memory_mib, from.vcpus, from.kernel, from.initramfs, service, commands)
             }
             Guest::Baking => return Err(VmError::Baking),
         };
@@ -290,7 +291,7 @@ impl Machine {
             image: self.origin.image.clone(),
             root: self.origin.root,
             service,
-            commands: self.origin.commands.as_deref().map(Into::into),
+            commands: self.origin.commands.as_deref().map(Into::into).or(commands),
             memory,
             state: Digest::EMPTY,
             scratch: None,

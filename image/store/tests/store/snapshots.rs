@@ -1,14 +1,18 @@
 //! Snapshots in the store.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Read;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc;
 
 use kiln_store::{
-    ImageRecord, ObjectId, Session, SnapshotImage, SnapshotKind, SnapshotRecord, Store, StoreError,
+    ImageRecord, ObjectId, Session, SnapshotCommands, SnapshotImage, SnapshotKind, SnapshotRecord, Store,
+    StoreError,
 };
 use kiln_support::digest::Digest;
+use kiln_support::word::Word;
 
 use crate::{check_all_files, content, empty_store, put_image};
 
@@ -87,6 +91,23 @@ fn a_name_goes_over_to_the_newer_snapshot() {
     let new = put_snapshot(&store, &named(2)).expect("put");
     assert_eq!(store.find_snapshot("ready").expect("read"), Some(new));
     assert_eq!(store.snapshot(&old.key).expect("sound").expect("there").name, None);
+}
+
+#[test]
+fn what_a_template_was_named_with_goes_with_the_name_and_what_a_machine_was_saved_with_stays() {
+    let (_folder, store) = empty_store();
+    let image = put_image(&store, "one", 1).expect("put");
+    let env = ["A=1".into(), OsString::from_vec(vec![b'B', b'=', 0xff])].map(Word::from).to_vec();
+    let commands = SnapshotCommands { env, user: "7".into(), working_directory: "/srv".into() };
+    for (kind, stays) in [(SnapshotKind::Template, None), (SnapshotKind::Saved, Some(&commands))] {
+        let (name, commands) = (Some("ready".into()), Some(commands.clone()));
+        let old = SnapshotRecord { kind, name: name.clone(), commands, ..snapshot_of(&image, 1) };
+        let old = put_snapshot(&store, &old).expect("put");
+        assert_eq!(store.find_snapshot("ready").expect("read").as_ref(), Some(&old));
+        put_snapshot(&store, &SnapshotRecord { name, ..snapshot_of(&image, 2) }).expect("put");
+        let left = store.snapshot(&old.key).expect("sound").expect("there");
+        assert_eq!((left.name, left.commands.as_ref()), (None, stays));
+    }
 }
 
 #[test]
