@@ -27,8 +27,9 @@ mkfifo /run/rig/out /run/rig/err
 cat /run/rig/out >"$(port out)" & out=$!
 cat /run/rig/err >"$(port err)" & err=$!
 
-# In a PID namespace of its own: when the job ends, whatever it left running ends too and lets go of the streams.
-$box unshare -m -p -f --mount-proc $box sh -c '/bin/bash /run/rig/job </dev/null & wait $!' \
+# In a PID namespace of its own: when the job ends, whatever it left running ends too and lets go of the streams. A shell has what it starts in
+# the background ignore what a Ctrl-C sends.
+$box unshare -m -p -f --mount-proc $box sh -c '/usr/bin/env --default-signal /bin/bash /run/rig/job </dev/null & wait $!' \
   >/run/rig/out 2>/run/rig/err
 status=$?
 wait $out
